@@ -1,0 +1,3 @@
+//! What differs between processor architectures: pure functions over memory and plain structs.
+
+pub mod x86_64;

@@ -1,0 +1,60 @@
+//! The guest-physical address map and the ports.
+//!
+//! ```text
+//! 0x0000_0500  GDT                       0x0000_9000  page tables (64-bit entry only)
+//! 0x0000_6000  PVH start info            0x0002_0000  kernel command line
+//! 0x0000_7000  Linux boot parameters     0x000e_0000  ACPI tables (found by scanning, too)
+//! 0x0010_0000  kernel ... memory ... initramfs at the end of low memory, at most 3 GiB
+//! 0xc000_0000  no memory: devices, IOAPIC, local APIC
+//! 0x1_0000_0000  memory above 3 GiB goes on here
+//! ```
+
+/// The GDT that the 64-bit and PVH entries start with.
+pub const GDT: u64 = 0x500;
+/// `hvm_start_info` of the PVH boot protocol, with its module list and memory map behind it.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// `boot_params`, the "zero page" of the Linux boot protocol.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// PML4, PDPT and page directory for the 64-bit entry.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// End of the memory that firmware would leave to the system below 640 KiB.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// ACPI tables, in the BIOS area where an operating system without a better hint looks for the RSDP.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Room for ACPI tables.
+pub const ACPI_TABLES_LEN: u64 = 0x2_0000;
+/// Where memory for the kernel starts.
+pub const HIGH_RAM: u64 = 0x10_0000;
+/// Start of the gap below 4 GiB that holds devices instead of memory.
+pub const GAP_START: u64 = 0xc000_0000;
+/// Memory goes on here.
+pub const GAP_END: u64 = 0x1_0000_0000;
+/// The I/O APIC, as KVM's in-kernel one has it.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APIC.
+pub const LAPIC: u32 = 0xfee0_0000;
+/// Three pages that KVM on Intel needs for real mode (KVM API, `KVM_SET_TSS_ADDR`), in the gap below the BIOS area.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// An initrd must end below this: the default `initrd_addr_max` of the Linux boot protocol.
+pub const INITRD_MAX: u64 = 0x8000_0000;
+
+/// COM1.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// COM1's registers.
+pub const SERIAL_LEN: u16 = 8;
+/// COM1's interrupt.
+pub const SERIAL_GSI: u32 = 4;
+/// The keyboard controller, there for its reset line alone.
+pub const I8042_PORT: u16 = 0x60;
+/// Data at 0x60, command at 0x64.
+pub const I8042_LEN: u16 = 5;
+/// Timeline marks.
+pub const MARK_PORT: u16 = 0x80;
+/// The pvpanic device, where QEMU has it.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI sleep control, sleep status and reset registers, a byte each.
+pub const ACPI_PM_PORT: u16 = 0x600;
+/// The three registers.
+pub const ACPI_PM_LEN: u16 = 3;

@@ -1,0 +1,182 @@
+//! `microvm boot`: flags to a [`VmConfig`].
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::config::{MemoryConfig, Serial, VmConfig};
+use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
+use crate::vmm::{self, End};
+
+use super::CliError;
+
+const AFTER_HELP: &str = "Exit status:
+  0        the guest switched itself off or rebooted
+  1        the VM could not be set up
+  2        wrong usage
+  101      the guest's kernel panicked (told by its pvpanic driver)
+  102      the guest triple-faulted, or KVM gave up on it
+  124      --timeout passed
+  128 + N  signal N ended microvm (130: Ctrl-A x, or SIGINT)
+  0-127    chosen by the guest through --exit-code-port
+
+Keys, where standard input is a terminal:
+  Ctrl-A x       leave, ending the VM
+  Ctrl-A Ctrl-A  send Ctrl-A to the guest
+
+Examples:
+  microvm boot --kernel vmlinux --initrd initramfs.cpio
+  microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
+  microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
+  microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
+
+/// Flags of `microvm boot`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct BootArgs {
+    /// The kernel: an uncompressed ELF vmlinux, or a bzImage
+    #[arg(long, value_name = "PATH", required_unless_present = "config")]
+    kernel: Option<PathBuf>,
+    /// The initramfs
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+    /// Add words to the kernel's command line (what follows ` -- ` goes to init)
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    append: Option<String>,
+    /// Replace the default command line of the kernel
+    #[arg(long, value_name = "LINE", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Guest memory, as 512M or 4G, with ,hugepages=2M|1G and ,backing=anonymous|memfd behind it [default: 256M]
+    #[arg(long, value_name = "SIZE[,OPTION…]")]
+    memory: Option<MemoryConfig>,
+    /// The first serial port: stdio, null (none at all), or file=PATH [default: stdio]
+    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    serial: Option<Serial>,
+    /// End the VM after this long, as 500ms, 30s or 2m
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
+    /// An I/O port on which the guest ends the VM with an exit status of 0 to 127, as 0xf4
+    #[arg(long, value_name = "PORT", value_parser = parse_port)]
+    exit_code_port: Option<u16>,
+    /// Give the guest an i8254 timer, which makes closing the VM slower; needed without TSC-deadline timer only
+    #[arg(long)]
+    pit: bool,
+    /// Go on where /dev/kvm is a software KVM, which interprets the guest's kernel
+    #[arg(long)]
+    allow_software_kvm: bool,
+    /// Read the VM from a JSON file; flags beside it win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Write the VM as JSON to standard output instead of running it
+    #[arg(long)]
+    print_config: bool,
+    /// Write to standard error where the time and the VM exits went
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "human")]
+    timeline: Option<Format>,
+    /// The KVM device
+    #[arg(long, value_name = "PATH", default_value = "/dev/kvm")]
+    kvm_device: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    Human,
+    Json,
+}
+
+fn parse_serial(text: &str) -> Result<Serial, String> {
+    match text.split_once('=') {
+        None if text == "stdio" => Ok(Serial::Stdio),
+        None if text == "null" => Ok(Serial::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+        _ => Err("allowed are stdio, null and file=PATH".into()),
+    }
+}
+
+fn parse_port(text: &str) -> Result<u16, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "a port is a number from 0 to 0xffff".into())
+}
+
+/// Boots, and says how it ended.
+pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
+    let format = args.timeline;
+    let (print, kvm_device) = (args.print_config, args.kvm_device.clone());
+    let config = into_config(args)?;
+    if print {
+        config.validate().map_err(vmm::BuildError::from)?;
+        let text = serde_json::to_string_pretty(&config).map_err(io::Error::from)?;
+        writeln!(io::stdout(), "{text}")?;
+        return Ok(0);
+    }
+    let timeline = Arc::new(Timeline::new(clock, format.is_some()));
+    timeline.mark(Phase::Start);
+    let end = vmm::run(vmm::build(&config, &kvm_device, timeline.clone())?)?;
+    report(&end);
+    if let Some(format) = format {
+        let format = match format {
+            Format::Human => TimelineFormat::Human,
+            Format::Json => TimelineFormat::Json,
+        };
+        write_timeline(&timeline, format, &mut io::stderr().lock())?;
+    }
+    Ok(end.exit_status())
+}
+
+fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
+    let mut config = match (&args.config, &args.kernel) {
+        (Some(path), _) => read_config(path)?,
+        (None, Some(kernel)) => VmConfig::new(kernel.clone()),
+        (None, None) => return Err(CliError::Usage("--kernel PATH or --config FILE is needed".into())),
+    };
+    if let Some(path) = args.kernel {
+        config.kernel.path = path;
+    }
+    config.kernel.initrd = args.initrd.or(config.kernel.initrd);
+    config.kernel.cmdline = args.cmdline.or(config.kernel.cmdline);
+    config.kernel.append = args.append.unwrap_or(config.kernel.append);
+    config.cpus = args.cpus.unwrap_or(config.cpus);
+    config.memory = args.memory.unwrap_or(config.memory);
+    config.serial = args.serial.unwrap_or(config.serial);
+    config.timeout = args.timeout.or(config.timeout);
+    config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
+    config.pit |= args.pit;
+    config.allow_software_kvm |= args.allow_software_kvm;
+    Ok(config)
+}
+
+fn read_config(path: &Path) -> Result<VmConfig, CliError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| CliError::Config { path: path.into(), source })?;
+    serde_json::from_str(&text).map_err(|source| CliError::ConfigJson { path: path.into(), source })
+}
+
+/// Says on standard error what the exit status alone cannot.
+fn report(end: &End) {
+    match end {
+        End::Fault(fault) => {
+            let advice = match fault {
+                crate::vcpu::Fault::Emulation { .. } => {
+                    ". On a software KVM that is to be expected of a stock kernel: run it in an emulated host \
+                     (scripts/kvm-host -- microvm boot ...)"
+                }
+                _ => "",
+            };
+            eprintln!("microvm: {}{advice}", crate::cli::chain(fault));
+        }
+        End::Panic => eprintln!("microvm: the guest's kernel panicked; its console says why"),
+        End::Timeout => eprintln!("microvm: --timeout passed; the VM was stopped"),
+        End::PowerOff | End::Reset | End::Exit(_) | End::Signal(_) | End::Escape => {
+            log::info!("the VM ended: {end:?}");
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! `microvm completions`: what a shell needs to complete our flags.
+
+use std::io;
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use super::{Cli, CliError};
+
+const AFTER_HELP: &str = "Examples:
+  microvm completions bash > ~/.local/share/bash-completion/completions/microvm
+  microvm completions fish > ~/.config/fish/completions/microvm.fish";
+
+/// Flags of `microvm completions`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CompletionsArgs {
+    /// The shell
+    shell: Shell,
+}
+
+pub(super) fn run(args: &CompletionsArgs) -> Result<u8, CliError> {
+    clap_complete::generate(args.shell, &mut Cli::command(), "microvm", &mut io::stdout());
+    Ok(0)
+}

@@ -1,0 +1,163 @@
+//! The command line: one file per subcommand, flags to configuration and nothing else.
+
+mod boot;
+mod completions;
+mod doctor;
+mod man;
+
+use std::io;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use thiserror::Error;
+
+use crate::logger;
+use crate::metrics::Clock;
+use crate::vmm::{BuildError, RunError};
+
+/// A small virtual machine monitor for KVM.
+#[derive(Parser)]
+#[command(name = "microvm", version, about, max_term_width = 110, after_help = EXAMPLES)]
+struct Cli {
+    /// Log more: -v for information, -vv for details, -vvv for all (RUST_LOG=... does the same)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  microvm boot --kernel vmlinux --initrd initramfs.cpio
+  microvm boot --kernel bzImage --cpus 2 --memory 1G --timeline
+  microvm doctor
+
+`microvm COMMAND --help` tells more of each.";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a Linux kernel in a new virtual machine
+    Boot(Box<boot::BootArgs>),
+    /// Tell what this host offers, and what to do about what it lacks
+    Doctor(doctor::DoctorArgs),
+    /// Print a shell's completions
+    Completions(completions::CompletionsArgs),
+    /// Write the man pages into a folder
+    Man(man::ManArgs),
+}
+
+/// What goes wrong on the way.
+#[derive(Debug, Error)]
+pub enum CliError {
+    /// Wrong usage.
+    #[error("{0}")]
+    Usage(String),
+    /// A configuration file that cannot be used.
+    #[error("--config {path}")]
+    Config {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A configuration file that is not what it should be.
+    #[error("--config {path}")]
+    ConfigJson {
+        /// The path.
+        path: PathBuf,
+        /// The reason, with line and column.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The VM cannot be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The VM cannot be run.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// Output fails.
+    #[error("cannot write")]
+    Output(#[from] io::Error),
+}
+
+impl CliError {
+    /// The exit status: 2 for wrong usage, 1 for a set-up that failed.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Usage(_)
+            | Self::Config { .. }
+            | Self::ConfigJson { .. }
+            | Self::Build(BuildError::Config(_)) => 2,
+            Self::Build(_) | Self::Run(_) | Self::Output(_) => 1,
+        }
+    }
+}
+
+/// An error and its sources on one line, outermost first.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |e| e.source());
+    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Parses the command line and runs the subcommand.
+///
+/// # Errors
+/// What failed, on which flag or path, and what to do.
+pub fn run(clock: Clock) -> Result<u8, CliError> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    logger::start(cli.verbose);
+    match cli.command {
+        Command::Boot(args) => boot::run(*args, clock),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
+    }
+}
+
+/// Help goes to standard output, and errors become one line.
+fn usage(error: &clap::Error) -> Result<u8, CliError> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            error.print()?;
+            Ok(0)
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            error.print()?;
+            Ok(2)
+        }
+        _ => Err(CliError::Usage(one_line(&error.to_string()))),
+    }
+}
+
+/// clap's message without its "error:", its usage block and its line breaks.
+fn one_line(text: &str) -> String {
+    let text = text.split("\n\nUsage:").next().unwrap_or_default();
+    let text = text.split("\n\nFor more information").next().unwrap_or_default();
+    let words: Vec<&str> = text.trim_start_matches("error: ").split_whitespace().collect();
+    format!("{} (see --help)", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_usage_error_is_one_line() {
+        let error = Cli::try_parse_from(["microvm", "boot", "--memory", "x"]).err().unwrap();
+        let line = one_line(&error.to_string());
+        assert!(!line.contains('\n') && line.contains("--memory"), "{line}");
+    }
+}

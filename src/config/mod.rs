@@ -1,0 +1,239 @@
+//! What a VM is made of: plain data, read from flags or from JSON, checked by [`VmConfig::validate`].
+//!
+//! Nothing here opens a file or knows a KVM type.
+
+mod memory;
+mod size;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use memory::{Backing, HugePages, MemoryConfig};
+pub use size::{ParseSizeError, Size};
+
+/// The most vCPUs a VM may have.
+pub const MAX_CPUS: u32 = 32;
+
+/// The longest kernel command line in bytes, without its NUL: Linux's `COMMAND_LINE_SIZE` on x86 is 2048 with it.
+pub const MAX_CMDLINE: usize = 2047;
+
+/// A whole VM. The JSON of `--config` and `--print-config` is this type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// What is booted.
+    pub kernel: KernelConfig,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    #[serde(default = "default_cpus")]
+    pub cpus: u32,
+    /// Guest memory.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// Where the guest's first serial port goes.
+    #[serde(default)]
+    pub serial: Serial,
+    /// The VM is stopped after this long, as in `"30s"`.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "duration_text")]
+    pub timeout: Option<Duration>,
+    /// I/O port on which the guest chooses the exit status of `microvm`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code_port: Option<u16>,
+    /// Give the guest an i8254 timer. Closing a VM that has one takes KVM tens of milliseconds longer.
+    #[serde(default)]
+    pub pit: bool,
+    /// Go on where `/dev/kvm` interprets the guest kernel in software.
+    #[serde(default)]
+    pub allow_software_kvm: bool,
+}
+
+/// The kernel, its initramfs and its command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KernelConfig {
+    /// An uncompressed ELF `vmlinux` or a `bzImage`.
+    pub path: PathBuf,
+    /// The initramfs (or initrd).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Replaces the default command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Added at the end of the default command line, or of `cmdline`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub append: String,
+}
+
+/// Where the guest's first serial port (COM1) goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Serial {
+    /// Standard input and output; raw mode when standard input is a terminal.
+    #[default]
+    Stdio,
+    /// No serial port at all.
+    Null,
+    /// Output only, into a new or emptied file.
+    File(PathBuf),
+}
+
+/// What is wrong with a configuration that was read without error.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// Zero or too many vCPUs.
+    #[error("--cpus {0}: a VM has 1 to {MAX_CPUS} vCPUs")]
+    Cpus(u32),
+    /// Too little memory to hold any kernel.
+    #[error("--memory {0}: a VM needs at least {min}", min = memory::MIN_SIZE)]
+    MemoryTooSmall(Size),
+    /// More than an x86 guest of ours can address.
+    #[error("--memory {0}: a VM has at most {max}", max = memory::MAX_SIZE)]
+    MemoryTooLarge(Size),
+    /// Not whole pages.
+    #[error("--memory {0}: must be a multiple of {1}")]
+    MemoryUnaligned(Size, Size),
+    /// The command line does not fit the kernel's buffer.
+    #[error(
+        "the kernel command line has {0} bytes, and Linux takes {MAX_CMDLINE}: shorten --append or --cmdline"
+    )]
+    CmdlineTooLong(usize),
+    /// A NUL or control byte would cut the line short.
+    #[error(
+        "the kernel command line has a control character at byte {0}: take it out of --append or --cmdline"
+    )]
+    CmdlineControl(usize),
+    /// A zero timeout would stop the VM before it starts.
+    #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
+    ZeroTimeout,
+}
+
+impl VmConfig {
+    /// A VM with the default of everything but its kernel.
+    #[must_use]
+    pub fn new(kernel: PathBuf) -> Self {
+        Self {
+            kernel: KernelConfig { path: kernel, initrd: None, cmdline: None, append: String::new() },
+            cpus: default_cpus(),
+            memory: MemoryConfig::default(),
+            serial: Serial::default(),
+            timeout: None,
+            exit_code_port: None,
+            pit: false,
+            allow_software_kvm: false,
+        }
+    }
+
+    /// Checks everything that can be checked without the host.
+    ///
+    /// # Errors
+    /// The first field that is out of its range.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.timeout == Some(Duration::ZERO) {
+            return Err(ConfigError::ZeroTimeout);
+        }
+        for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
+            check_cmdline(text)?;
+        }
+        self.memory.validate()
+    }
+}
+
+/// Checks a whole kernel command line, or a part of one.
+///
+/// # Errors
+/// Too long, or a control character.
+pub fn check_cmdline(text: &str) -> Result<(), ConfigError> {
+    if text.len() > MAX_CMDLINE {
+        return Err(ConfigError::CmdlineTooLong(text.len()));
+    }
+    match text.bytes().position(|b| b.is_ascii_control() && b != b'\t') {
+        Some(at) => Err(ConfigError::CmdlineControl(at)),
+        None => Ok(()),
+    }
+}
+
+fn default_cpus() -> u32 {
+    1
+}
+
+/// A duration as people write it: `"1m 30s"`.
+mod duration_text {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &Option<Duration>, s: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(d) => s.collect_str(&humantime::format_duration(*d)),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Duration>, D::Error> {
+        let text: Option<String> = Option::deserialize(d)?;
+        text.map(|t| {
+            humantime::parse_duration(&t).map_err(|e| D::Error::custom(format!("timeout {t:?}: {e}")))
+        })
+        .transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig::new("vmlinux".into())
+    }
+
+    #[test]
+    fn json_round_trip_keeps_everything() {
+        let mut c = config();
+        c.kernel.append = "loglevel=7".into();
+        c.timeout = Some(Duration::from_millis(1500));
+        c.serial = Serial::File("out.log".into());
+        c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
+        let text = serde_json::to_string(&c).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
+    }
+
+    #[test]
+    fn json_takes_the_short_form() {
+        let c: VmConfig = serde_json::from_str(r#"{"kernel": {"path": "vmlinux"}}"#).unwrap();
+        assert_eq!(c, config());
+    }
+
+    #[test]
+    fn json_names_an_unknown_field() {
+        let error = serde_json::from_str::<VmConfig>(r#"{"kernel": {"path": "v"}, "cpu": 1}"#).unwrap_err();
+        assert!(error.to_string().contains("unknown field `cpu`"), "{error}");
+    }
+
+    #[test]
+    fn cpus_are_1_to_32() {
+        for (cpus, good) in [(0, false), (1, true), (32, true), (33, false), (1025, false)] {
+            assert_eq!(VmConfig { cpus, ..config() }.validate().is_ok(), good, "{cpus}");
+        }
+    }
+
+    #[test]
+    fn a_line_break_in_the_command_line_is_refused() {
+        let mut c = config();
+        c.kernel.append = "quiet\nroot=/dev/vda".into();
+        assert!(matches!(c.validate(), Err(ConfigError::CmdlineControl(5))));
+    }
+
+    #[test]
+    fn the_command_line_has_a_limit() {
+        let mut c = config();
+        c.kernel.cmdline = Some("x".repeat(MAX_CMDLINE));
+        assert!(c.validate().is_ok());
+        c.kernel.cmdline = Some("x".repeat(MAX_CMDLINE + 1));
+        assert!(matches!(c.validate(), Err(ConfigError::CmdlineTooLong(_))));
+    }
+}

@@ -1,0 +1,3 @@
+//! The devices that a guest sees.
+
+pub mod legacy;

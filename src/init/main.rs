@@ -1,0 +1,2 @@
+//! `microvm-init`.
+fn main() {}

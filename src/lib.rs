@@ -1,0 +1,28 @@
+//! `microvm`: a small virtual machine monitor for KVM.
+//!
+//! Data flows one way:
+//!
+//! ```text
+//! command line -> config -> vmm::builder -> VM, vCPUs, devices -> event loop -> exit status
+//! ```
+//!
+//! The modules below stand in layer order: a module may import only modules further down. `tests/layers.rs`
+//! reads the `use crate::` lines and fails on an import that points up.
+
+pub mod cli;
+pub mod vmm;
+
+pub mod devices;
+
+pub mod vcpu;
+pub mod vm;
+
+pub mod arch;
+
+pub mod bus;
+
+pub mod config;
+
+pub mod logger;
+pub mod metrics;
+pub mod sys;

@@ -1,0 +1,18 @@
+//! `microvm`: parse the command line, run the subcommand, print the error chain, choose the exit status.
+
+use std::process::ExitCode;
+
+use microvm::cli;
+use microvm::metrics::Clock;
+
+fn main() -> ExitCode {
+    // First of all, so that the timeline starts as close to exec as user space can see.
+    let clock = Clock::start();
+    match cli::run(clock) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("microvm: {}", cli::chain(&error));
+            ExitCode::from(error.exit_status())
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! The operating system's sharp edges, each behind a safe function.
+
+pub mod signals;
+pub mod terminal;

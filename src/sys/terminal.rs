@@ -1,0 +1,72 @@
+//! Raw mode for the terminal on standard input, given back whatever happens.
+
+use std::io::{self, IsTerminal};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::process::getpgrp;
+use rustix::stdio::stdin;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+
+/// The mode to go back to. A static, because a panic hook and every way out of the process must find it.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// While this lives, the terminal is raw: every key, `Ctrl-C` too, goes to the guest.
+pub struct RawMode(());
+
+/// What standard input is to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stdin {
+    /// A terminal that this process may read.
+    Terminal,
+    /// A terminal, but this process runs in the background: reading it would stop the process.
+    BackgroundTerminal,
+    /// A file, a pipe, a socket.
+    Other,
+}
+
+/// Tells what standard input is.
+#[must_use]
+pub fn stdin_kind() -> Stdin {
+    if !io::stdin().is_terminal() {
+        Stdin::Other
+    } else if tcgetpgrp(stdin()).is_ok_and(|group| group == getpgrp()) {
+        Stdin::Terminal
+    } else {
+        Stdin::BackgroundTerminal
+    }
+}
+
+impl RawMode {
+    /// Makes the terminal on standard input raw. Output processing stays, so that the log's lines keep their shape.
+    ///
+    /// # Errors
+    /// Standard input is no terminal, or one that has gone away.
+    pub fn enter() -> io::Result<Self> {
+        let before = tcgetattr(stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        raw.output_modes = before.output_modes;
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            hook(info);
+        }));
+        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Gives the terminal back, once.
+fn restore() {
+    if let Some(before) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        // Draining would wait for a terminal that shows nothing any more. Nothing is left to do if this fails.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
+    }
+}

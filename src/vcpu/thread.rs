@@ -1,0 +1,141 @@
+//! The thread of a vCPU, and how to get it out of the guest.
+//!
+//! A command is first put into the channel, then `immediate_exit` is set, then the signal sent. Whichever of the
+//! three the thread meets first, it looks into the channel afterwards: no wake-up is lost, and nobody polls.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::bus::Action;
+use crate::metrics::Timeline;
+
+use super::run_page::RunPage;
+use super::{Fault, Outcome, Vcpu, VcpuError};
+
+/// Something that concerns the whole VM happened on a vCPU; the vCPU waits.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// A device asks for this.
+    Device(Action),
+    /// The vCPU cannot go on.
+    Fault(Fault),
+}
+
+enum Command {
+    Run,
+    Stop,
+}
+
+/// A vCPU's thread.
+pub struct VcpuThread {
+    commands: Sender<Command>,
+    page: Arc<RunPage>,
+    thread: JoinHandle<()>,
+}
+
+/// Where vCPU threads report to.
+#[derive(Clone)]
+pub struct Reports {
+    /// What happened.
+    pub events: Sender<VcpuEvent>,
+    /// Wakes the event loop.
+    pub wake: Arc<EventFd>,
+    /// Takes the guest's marks.
+    pub timeline: Arc<Timeline>,
+}
+
+/// A signal that does nothing but interrupt `KVM_RUN`. Once per process, before the first kick.
+///
+/// # Errors
+/// The system refuses the handler.
+pub fn install_kick_handler() -> std::io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing).map_err(Into::into)
+}
+
+impl VcpuThread {
+    /// Starts a thread for `vcpu`. The guest does not run before [`VcpuThread::resume`].
+    ///
+    /// # Errors
+    /// No thread can be had.
+    pub fn start(vcpu: Vcpu, reports: Reports) -> Result<Self, VcpuError> {
+        let (commands, receiver) = mpsc::channel();
+        let page = vcpu.page.clone();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{}", vcpu.index))
+            .spawn(move || run(vcpu, &receiver, &reports))
+            .map_err(VcpuError::Thread)?;
+        Ok(Self { commands, page, thread })
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.send(Command::Run);
+    }
+
+    /// Asks the thread to end. It does so once it is out of the guest and of any device.
+    pub fn stop(&self) {
+        self.send(Command::Stop);
+    }
+
+    /// Waits until the thread has ended, but not after `deadline`; says whether it has.
+    #[must_use]
+    pub fn join(self, deadline: Instant) -> bool {
+        // Threads have no join with a limit. This path is rare and short: a thread takes microseconds to leave.
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_micros(200));
+        }
+        self.thread.is_finished() && self.thread.join().is_ok()
+    }
+
+    fn send(&self, command: Command) {
+        // A thread that has ended already needs no command.
+        if self.commands.send(command).is_ok() {
+            self.page.set_immediate_exit(true);
+            let _ = self.thread.kill(SIGRTMIN());
+        }
+    }
+}
+
+fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, reports: &Reports) {
+    // Parked until told to run; the VM being gone counts as a stop.
+    while let Ok(Command::Run) = commands.recv() {
+        vcpu.page.set_immediate_exit(false);
+        if !run_until_command(&mut vcpu, commands, reports) {
+            return;
+        }
+    }
+}
+
+/// Runs the guest. `false`: told to stop. `true`: parked, waiting for a command.
+fn run_until_command(vcpu: &mut Vcpu, commands: &Receiver<Command>, reports: &Reports) -> bool {
+    loop {
+        let event = match vcpu.run_once() {
+            Outcome::Continue => continue,
+            Outcome::Device(Action::Mark(byte)) => {
+                reports.timeline.guest_mark(byte);
+                continue;
+            }
+            Outcome::Interrupted => {
+                // Cleared before looking: a command that comes later sets it again.
+                vcpu.page.set_immediate_exit(false);
+                match commands.try_recv() {
+                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
+                    Ok(Command::Run) | Err(mpsc::TryRecvError::Empty) => continue,
+                }
+            }
+            Outcome::Device(action) => VcpuEvent::Device(action),
+            Outcome::Fault(fault) => VcpuEvent::Fault(fault),
+        };
+        // Nobody listens any more when the VM is being closed.
+        if reports.events.send(event).is_ok() {
+            let _ = reports.wake.write(1);
+        }
+        return true;
+    }
+}

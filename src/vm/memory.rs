@@ -1,0 +1,320 @@
+//! Guest memory: mapping it, and putting files into it without reading them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::MemfdFlags;
+use thiserror::Error;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::arch::x86_64::memory_map::ram_ranges;
+use crate::config::{Backing, HugePages, MemoryConfig, Size};
+
+const PAGE: u64 = 4096;
+
+/// Guest memory could not be had.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// More than the machine has.
+    #[error("--memory {asked}: this host has {host} of memory and swap: ask for less")]
+    MoreThanHost {
+        /// What was asked for.
+        asked: Size,
+        /// What the host has, in MiB.
+        host: Size,
+    },
+    /// The pool of huge pages is too small.
+    #[error(
+        "--memory hugepages={page}: the host has not {count} free huge pages of that size: reserve them \
+         (echo {count} | sudo tee /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages) or leave the option out"
+    )]
+    NoHugePages {
+        /// Size of a page.
+        page: Size,
+        /// Pages that the guest needs.
+        count: u64,
+        /// Size of a page in KiB.
+        kib: u64,
+    },
+    /// The kernel refused the memfd.
+    #[error("no memfd for guest memory")]
+    Memfd(#[source] io::Error),
+    /// The kernel refused the mapping.
+    #[error("--memory {size}: guest memory cannot be mapped: ask for less")]
+    Map {
+        /// What was asked for.
+        size: Size,
+        /// The reason.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// The regions contradict each other.
+    #[error("guest memory cannot be put together")]
+    Regions,
+}
+
+/// A file could not be put into guest memory.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// No such guest memory.
+    #[error("it does not fit guest memory")]
+    Memory(#[from] GuestMemoryError),
+    /// The file changed or its disk failed.
+    #[error("it cannot be read")]
+    Read(#[source] io::Error),
+    /// The kernel refused to map it.
+    #[error("it cannot be mapped")]
+    Map(#[source] io::Error),
+}
+
+/// How many bytes of a file came into guest memory which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Mapped: read by nobody until the guest touches them, and shared with other VMs until it writes.
+    pub mapped: u64,
+    /// Copied, because guest address and file offset lie differently in their pages, or not on whole ones.
+    pub copied: u64,
+}
+
+/// The guest's memory.
+pub struct Memory {
+    guest: GuestMemoryMmap,
+    /// Files can be mapped over it: it is private, of ordinary pages.
+    mappable: bool,
+}
+
+impl Memory {
+    /// Maps guest memory; pages come when they are touched.
+    ///
+    /// # Errors
+    /// More than the host has, or not enough huge pages.
+    pub fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
+        check_host_memory(config.size)?;
+        let file = match config.backing {
+            Backing::Anonymous => None,
+            Backing::Memfd => Some(memfd(config)?),
+        };
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for (start, len) in ram_ranges(config.size.0) {
+            let file = file.as_ref().map(|f| f.try_clone()).transpose().map_err(MemoryError::Memfd)?;
+            let region = map_region(config, len, file.map(|f| FileOffset::new(f, offset)))?;
+            regions.push(GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Regions)?);
+            offset += len;
+        }
+        let guest = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Regions)?;
+        let mappable = config.backing == Backing::Anonymous && config.hugepages.is_none();
+        Ok(Self { guest, mappable })
+    }
+
+    /// The memory as devices see it.
+    #[must_use]
+    pub fn guest(&self) -> &GuestMemoryMmap {
+        &self.guest
+    }
+
+    /// Puts `len` bytes of `file` from `offset` at guest address `at`: whole pages are mapped where both lie alike
+    /// in their pages, the rest is copied. Whatever was there is replaced.
+    ///
+    /// The caller has checked that the file is that long. A file that is cut short while a VM runs takes the pages
+    /// away from its guest, and ends it with an error; it does no harm to another VM.
+    ///
+    /// # Errors
+    /// No such guest memory, or the file fails.
+    pub fn load(&self, file: &File, offset: u64, at: u64, len: u64) -> Result<Loaded, LoadError> {
+        let first = at.next_multiple_of(PAGE).min(at + len);
+        let whole =
+            if self.mappable && at % PAGE == offset % PAGE { (at + len - first) / PAGE * PAGE } else { 0 };
+        if whole == 0 {
+            self.copy(file, offset, at, len)?;
+            return Ok(Loaded { mapped: 0, copied: len });
+        }
+        let (head, tail) = (first - at, at + len - first - whole);
+        self.copy(file, offset, at, head)?;
+        self.map_over(file, offset + head, first, whole)?;
+        self.copy(file, offset + head + whole, first + whole, tail)?;
+        Ok(Loaded { mapped: whole, copied: head + tail })
+    }
+
+    fn copy(&self, file: &File, mut offset: u64, mut at: u64, mut len: u64) -> Result<(), LoadError> {
+        let mut buffer = vec![0; len.min(1 << 20) as usize];
+        while len > 0 {
+            let part = &mut buffer[..len.min(1 << 20) as usize];
+            file.read_exact_at(part, offset).map_err(LoadError::Read)?;
+            self.guest.write_slice(part, GuestAddress(at))?;
+            let done = part.len() as u64;
+            (offset, at, len) = (offset + done, at + done, len - done);
+        }
+        Ok(())
+    }
+
+    /// Maps whole pages of `file` privately in place of the guest's anonymous ones.
+    fn map_over(&self, file: &File, offset: u64, at: u64, len: u64) -> Result<(), LoadError> {
+        let region = self.guest.find_region(GuestAddress(at));
+        let region = region.ok_or(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)))?;
+        let inside = at - region.start_addr().0;
+        if inside.checked_add(len).is_none_or(|end| end > region.len()) {
+            return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)).into());
+        }
+        let host = region.as_ptr().wrapping_add(inside as usize);
+        // SAFETY: `host..host + len` lies inside one region, checked above, which this `Memory` owns and which no
+        // vCPU runs on yet; it is private anonymous memory (`mappable`), so nobody else maps what is replaced. The
+        // new mapping has the same protection, and goes away with the region, whose `munmap` covers it.
+        let mapped = unsafe {
+            libc::mmap(
+                host.cast(),
+                len as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if mapped == libc::MAP_FAILED { Err(LoadError::Map(io::Error::last_os_error())) } else { Ok(()) }
+    }
+}
+
+fn map_region(
+    config: &MemoryConfig,
+    len: u64,
+    file: Option<FileOffset>,
+) -> Result<vm_memory::MmapRegion, MemoryError> {
+    let sharing = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+    let pages = match config.hugepages {
+        None => libc::MAP_NORESERVE,
+        // Reserved at once: without that a guest would die when it touches the page that the pool lacks.
+        Some(HugePages::Size2M) if file.is_none() => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        Some(HugePages::Size1G) if file.is_none() => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
+        // The memfd has the page size.
+        Some(_) => 0,
+    };
+    let builder = MmapRegionBuilder::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(sharing | pages);
+    let builder = match file {
+        Some(file) => builder.with_file_offset(file),
+        None => builder,
+    };
+    builder.build().map_err(|source| match config.hugepages {
+        Some(pages) => no_huge_pages(config.size, pages),
+        None => MemoryError::Map { size: config.size, source },
+    })
+}
+
+fn no_huge_pages(size: Size, pages: HugePages) -> MemoryError {
+    let page = pages.size();
+    MemoryError::NoHugePages { page, count: size.0 / page.0, kib: page.0 / 1024 }
+}
+
+fn memfd(config: &MemoryConfig) -> Result<File, MemoryError> {
+    let pages = match config.hugepages {
+        None => MemfdFlags::empty(),
+        Some(HugePages::Size2M) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        Some(HugePages::Size1G) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    };
+    let failed = |e: io::Error| match config.hugepages {
+        Some(pages) => no_huge_pages(config.size, pages),
+        None => MemoryError::Memfd(e),
+    };
+    let fd = rustix::fs::memfd_create("guest-memory", MemfdFlags::CLOEXEC | pages)
+        .map_err(|e| failed(e.into()))?;
+    let file = File::from(fd);
+    file.set_len(config.size.0).map_err(failed)?;
+    Ok(file)
+}
+
+/// Mapping without a reservation succeeds for any size; a guest that is larger than the host cannot end well.
+fn check_host_memory(asked: Size) -> Result<(), MemoryError> {
+    let info = rustix::system::sysinfo();
+    let host =
+        (info.totalram as u64).saturating_add(info.totalswap as u64).saturating_mul(info.mem_unit.into());
+    if asked.0 > host {
+        return Err(MemoryError::MoreThanHost { asked, host: Size::mib(host >> 20) });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn memory(text: &str) -> Memory {
+        Memory::new(&text.parse().unwrap()).unwrap()
+    }
+
+    fn file(len: usize) -> (File, Vec<u8>) {
+        let bytes: Vec<u8> = (0..len).map(|i| (i / 7) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        (file, bytes)
+    }
+
+    /// Loads and compares, with what must stay around it.
+    fn check(text: &str, offset: u64, at: u64, len: u64) -> Loaded {
+        let memory = memory(text);
+        let (file, bytes) = file(40_000);
+        memory.guest().write_slice(&[0xaa; 80_000], GuestAddress(0)).unwrap();
+        let loaded = memory.load(&file, offset, at, len).unwrap();
+        let mut now = vec![0; 80_000];
+        memory.guest().read_slice(&mut now, GuestAddress(0)).unwrap();
+        let (start, end) = (at as usize, (at + len) as usize);
+        assert_eq!(now[start..end], bytes[offset as usize..(offset + len) as usize]);
+        assert!(now[..start].iter().chain(&now[end..]).all(|b| *b == 0xaa), "bytes around it changed");
+        loaded
+    }
+
+    #[test]
+    fn whole_pages_are_mapped_and_the_rest_copied() {
+        assert_eq!(check("2M", 4096, 8192, 8192), Loaded { mapped: 8192, copied: 0 });
+        assert_eq!(check("2M", 4096, 8192, 9000), Loaded { mapped: 8192, copied: 808 });
+        assert_eq!(check("2M", 4000, 8096, 9000), Loaded { mapped: 8192, copied: 808 });
+        assert_eq!(check("2M", 4000, 8192, 9000), Loaded { mapped: 0, copied: 9000 });
+        assert_eq!(check("2M", 0, 100, 50), Loaded { mapped: 0, copied: 50 });
+        assert_eq!(check("2M", 0, 0, 0), Loaded::default());
+    }
+
+    #[test]
+    fn shared_memory_gets_copies() {
+        assert_eq!(check("2M,backing=memfd", 0, 4096, 8192), Loaded { mapped: 0, copied: 8192 });
+    }
+
+    #[test]
+    fn a_guest_write_does_not_reach_the_file() {
+        let memory = memory("2M");
+        let (file, bytes) = file(8192);
+        memory.load(&file, 0, 4096, 8192).unwrap();
+        memory.guest().write_slice(&[0xee; 8192], GuestAddress(4096)).unwrap();
+        let mut now = vec![0; 8192];
+        file.read_exact_at(&mut now, 0).unwrap();
+        assert!(now == bytes);
+    }
+
+    #[test]
+    fn memory_past_the_end_is_an_error() {
+        let memory = memory("2M");
+        let (file, _) = file(8192);
+        assert!(memory.load(&file, 0, (2 << 20) - 4096, 8192).is_err());
+        assert!(memory.load(&file, 0, 1 << 40, 4096).is_err());
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused() {
+        let error = Memory::new(&"3T".parse().unwrap()).err().unwrap();
+        assert!(matches!(error, MemoryError::MoreThanHost { .. }), "{error}");
+    }
+
+    #[test]
+    fn memory_goes_over_the_gap() {
+        let memory = memory("4G");
+        memory.guest().write_obj(7u32, GuestAddress((5 << 30) - 4)).unwrap();
+        assert!(memory.guest().write_obj(7u32, GuestAddress(0xd000_0000)).is_err());
+    }
+}

@@ -1,0 +1,114 @@
+//! The virtual machine as KVM has it: capabilities, memory slots, the interrupt controllers, event descriptors.
+
+pub mod host;
+mod kvm;
+mod memory;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::layout;
+
+pub use kvm::{HostKvm, OpenKvmError};
+pub use memory::{LoadError, Loaded, Memory, MemoryError};
+
+/// A request that KVM refused.
+#[derive(Debug, Error)]
+#[error("KVM cannot {what}")]
+pub struct KvmError {
+    what: &'static str,
+    #[source]
+    source: kvm_ioctls::Error,
+}
+
+/// Names what was asked of KVM.
+pub(crate) fn kvm_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError { what, source }
+}
+
+/// A VM with its in-kernel interrupt controllers.
+pub struct Vm {
+    fd: VmFd,
+}
+
+impl Vm {
+    /// Makes a VM with 8259, I/O APIC and local APICs inside KVM, and an i8254 timer if `pit` asks for it.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn new(kvm: &Kvm, pit: bool) -> Result<Self, KvmError> {
+        let fd = loop {
+            match kvm.create_vm() {
+                // A signal that arrives in the middle makes KVM give up, though nothing is wrong.
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => break other.map_err(kvm_error("make a VM"))?,
+            }
+        };
+        fd.set_tss_address(layout::KVM_TSS as usize).map_err(kvm_error("place its TSS"))?;
+        // Before any vCPU is made, so that each gets a local APIC (KVM API, KVM_CREATE_IRQCHIP).
+        fd.create_irq_chip().map_err(kvm_error("make the interrupt controllers"))?;
+        if pit {
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            fd.create_pit2(config).map_err(kvm_error("make the i8254 timer"))?;
+        }
+        Ok(Self { fd })
+    }
+
+    /// Gives `memory` to the guest: a slot for each of its regions.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set_memory(&self, memory: &Memory) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(memory.guest().iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is mapped as long as `memory` lives, and a `Vmm` drops its VM and vCPUs before its
+            // memory. Regions do not overlap, so neither do the slots.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(kvm_error("take the guest's memory"))?;
+        }
+        Ok(())
+    }
+
+    /// A new vCPU.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
+        self.fd.create_vcpu(index.into()).map_err(kvm_error("make a vCPU"))
+    }
+
+    /// An event descriptor (irqfd): writing to it raises interrupt `gsi` in the guest, edge-triggered.
+    ///
+    /// # Errors
+    /// KVM refuses, or there is no descriptor left.
+    pub fn irqfd(&self, gsi: u32) -> Result<EventFd, KvmError> {
+        let what = "connect an interrupt";
+        let event = new_event(what)?;
+        self.fd.register_irqfd(&event, gsi).map_err(kvm_error(what))?;
+        Ok(event)
+    }
+
+    /// An event descriptor (ioeventfd) that KVM itself signals when the guest writes to `address`.
+    ///
+    /// # Errors
+    /// KVM refuses, or there is no descriptor left.
+    pub fn ioeventfd(&self, address: &IoEventAddress) -> Result<EventFd, KvmError> {
+        let what = "connect a notification address";
+        let event = new_event(what)?;
+        self.fd.register_ioevent(&event, address, NoDatamatch).map_err(kvm_error(what))?;
+        Ok(event)
+    }
+}
+
+fn new_event(what: &'static str) -> Result<EventFd, KvmError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|e| kvm_error(what)(kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(0))))
+}

@@ -1,0 +1,172 @@
+//! Kernel and initramfs: from their paths into guest memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::arch::x86_64::image::{self, Image, ImageError, SizedFile};
+use crate::arch::x86_64::layout::INITRD_MAX;
+use crate::arch::x86_64::linux_boot::Initrd;
+use crate::arch::x86_64::memory_map::low_end;
+use crate::config::{KernelConfig, Size};
+use crate::vm::{LoadError, Loaded, Memory};
+
+/// A boot file that cannot be used. Each message names the flag and the path.
+#[derive(Debug, Error)]
+pub enum BootFileError {
+    /// Opening failed.
+    #[error("{flag} {path}")]
+    Open {
+        /// The flag.
+        flag: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, a device.
+    #[error("{flag} {path} is not a file: give the path of one")]
+    NotAFile {
+        /// The flag.
+        flag: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// No kernel.
+    #[error("--kernel {path}")]
+    Image {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        #[source]
+        source: ImageError,
+    },
+    /// Too little memory for it.
+    #[error("{flag} {path} needs {needed} of guest memory, and --memory is {have}: give the guest more")]
+    DoesNotFit {
+        /// The flag.
+        flag: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// At least this much.
+        needed: Size,
+        /// What the guest has.
+        have: Size,
+    },
+    /// An empty initramfs.
+    #[error("--initrd {0} is empty: leave the flag out, or give an initramfs")]
+    EmptyInitrd(PathBuf),
+    /// Loading failed.
+    #[error("{flag} {path}")]
+    Load {
+        /// The flag.
+        flag: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: LoadError,
+    },
+}
+
+const KERNEL: &str = "--kernel";
+const INITRD: &str = "--initrd";
+
+/// Kernel and initramfs, open and checked.
+pub struct BootFiles<'a> {
+    config: &'a KernelConfig,
+    kernel: File,
+    initrd: Option<(File, &'a Path, u64)>,
+    /// What the kernel file says of itself.
+    pub image: Image,
+}
+
+impl<'a> BootFiles<'a> {
+    /// Opens both and reads the kernel's headers.
+    ///
+    /// # Errors
+    /// A file is missing or is not what it should be.
+    pub fn open(config: &'a KernelConfig) -> Result<Self, BootFileError> {
+        let (kernel, len) = open(KERNEL, &config.path)?;
+        let image = image::parse(&SizedFile { file: &kernel, len })
+            .map_err(|source| BootFileError::Image { path: config.path.clone(), source })?;
+        let initrd = match &config.initrd {
+            None => None,
+            Some(path) => match open(INITRD, path)? {
+                (_, 0) => return Err(BootFileError::EmptyInitrd(path.clone())),
+                (file, len) => Some((file, path.as_path(), len)),
+            },
+        };
+        Ok(Self { config, kernel, initrd, image })
+    }
+
+    /// Puts both into guest memory, and says where the initramfs is.
+    ///
+    /// # Errors
+    /// They do not fit, or a file fails.
+    pub fn load(&self, memory: &Memory, size: Size) -> Result<Option<Initrd>, BootFileError> {
+        let low = low_end(size.0);
+        if self.image.needs_memory_to > low {
+            return Err(does_not_fit(KERNEL, &self.config.path, self.image.needs_memory_to, size));
+        }
+        for s in &self.image.segments {
+            let loaded =
+                memory.load(&self.kernel, s.file_offset, s.address, s.file_size).map_err(|source| {
+                    BootFileError::Load { flag: KERNEL, path: self.config.path.clone(), source }
+                })?;
+            log_loaded("kernel", s.address, loaded);
+        }
+        self.initrd
+            .as_ref()
+            .map(|(file, path, len)| self.load_initrd(memory, size, file, path, *len))
+            .transpose()
+    }
+
+    /// At the end of low memory: the kernel unpacks and allocates from below.
+    fn load_initrd(
+        &self,
+        memory: &Memory,
+        size: Size,
+        file: &File,
+        path: &Path,
+        len: u64,
+    ) -> Result<Initrd, BootFileError> {
+        let end = low_end(size.0).min(INITRD_MAX);
+        let address = end.checked_sub(len).map(|a| a & !0xfff).filter(|a| *a >= self.image.needs_memory_to);
+        let Some(address) = address else {
+            let needed = self.image.needs_memory_to.saturating_add(len);
+            return Err(does_not_fit(INITRD, path, needed, size));
+        };
+        let loaded = memory.load(file, 0, address, len).map_err(|source| BootFileError::Load {
+            flag: INITRD,
+            path: path.into(),
+            source,
+        })?;
+        log_loaded("initramfs", address, loaded);
+        Ok(Initrd { address, size: len })
+    }
+}
+
+fn log_loaded(what: &str, address: u64, loaded: Loaded) {
+    log::debug!("{what} at {address:#x}: {} bytes mapped, {} copied", loaded.mapped, loaded.copied);
+}
+
+fn does_not_fit(flag: &'static str, path: &Path, needed: u64, have: Size) -> BootFileError {
+    let needed = Size::mib(needed.div_ceil(1 << 20));
+    BootFileError::DoesNotFit { flag, path: path.into(), needed, have }
+}
+
+fn open(flag: &'static str, path: &Path) -> Result<(File, u64), BootFileError> {
+    let failed = |source| BootFileError::Open { flag, path: path.into(), source };
+    // Without O_NONBLOCK opening a FIFO would wait for a writer; on a file it does nothing.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(BootFileError::NotAFile { flag, path: path.into() });
+    }
+    Ok((file, metadata.len()))
+}

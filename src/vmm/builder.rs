@@ -1,0 +1,213 @@
+//! From a configuration to a VM that is ready to run: the boot recipe, a step a line.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
+use crate::arch::x86_64::cmdline::command_line;
+use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
+use crate::arch::x86_64::image::{Entry, Image};
+use crate::arch::x86_64::linux_boot::{BootInfo, Initrd, write_boot_params};
+use crate::arch::x86_64::memory_map::memory_map;
+use crate::arch::x86_64::{layout, pvh, registers};
+use crate::bus::{Bus, BusDevice, Overlap};
+use crate::config::{ConfigError, Serial, VmConfig};
+use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
+use crate::metrics::{Phase, Timeline};
+use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, VcpuThread, install_kick_handler};
+use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
+
+use super::Vmm;
+use super::boot_files::{BootFileError, BootFiles};
+use super::console::{Console, ConsoleError};
+use super::run::EventSources;
+
+/// A VM could not be built. Nothing is left behind.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// KVM cannot be used.
+    #[error(transparent)]
+    OpenKvm(#[from] OpenKvmError),
+    /// KVM is there, but interprets guests.
+    #[error(
+        "{device} on this host is a software KVM (the processor has neither VT-x nor AMD-V): kernel code of a guest is \
+         interpreted at some 10 million instructions a second, and a stock kernel takes minutes and dies. Run it in an \
+         emulated host: scripts/kvm-host -- microvm boot ...; or try all the same with --allow-software-kvm"
+    )]
+    SoftwareKvm {
+        /// The device.
+        device: std::path::PathBuf,
+    },
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A kernel or initramfs that cannot be used.
+    #[error(transparent)]
+    BootFile(#[from] BootFileError),
+    /// Tables that do not fit.
+    #[error("the boot tables do not fit guest memory")]
+    Tables(#[from] GuestMemoryError),
+    /// ACPI tables that do not fit.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// Too many CPUID leaves.
+    #[error(transparent)]
+    Cpuid(#[from] TooManyLeaves),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The serial port's other end.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Two devices on one port.
+    #[error("a device cannot be placed")]
+    Bus(#[from] Overlap),
+    /// The guest's status port is another device's.
+    #[error("--exit-code-port {0:#x} belongs to another device of the machine: choose a free one, as 0xf4")]
+    ExitCodePort(u16),
+    /// No descriptor or handler.
+    #[error("the event loop cannot be set up")]
+    Events(#[source] io::Error),
+}
+
+/// Builds the VM of `config` up to the point where its first instruction can run.
+///
+/// # Errors
+/// What is wrong, on which flag or path. Nothing is left behind.
+pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
+    config.validate()?;
+    let serial = config.serial != Serial::Null;
+    let cmdline = command_line(&config.kernel, serial)?;
+    let files = BootFiles::open(&config.kernel)?;
+    let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
+
+    let host = HostKvm::open(kvm_device)?;
+    if !host.tier().is_hardware() && !config.allow_software_kvm {
+        return Err(BuildError::SoftwareKvm { device: kvm_device.into() });
+    }
+    // A guest whose APIC timer has to be measured needs something to measure it with.
+    let vm = Vm::new(host.kvm(), config.pit || !host.has_tsc_deadline())?;
+    timeline.mark(Phase::OpenKvm);
+
+    let memory = Memory::new(&config.memory)?;
+    vm.set_memory(&memory)?;
+    timeline.mark(Phase::Memory);
+
+    let initrd = files.load(&memory, config.memory.size)?;
+    timeline.mark(Phase::Kernel);
+
+    memory.guest().write_slice(cmdline_bytes(&cmdline)?.as_slice(), GuestAddress(layout::CMDLINE))?;
+    write_tables(config, &memory, &files.image, initrd, cmdline_bytes(&cmdline)?.len() - 1)?;
+    timeline.mark(Phase::Tables);
+
+    let mut ports = Bus::default();
+    let console = Console::new(&config.serial, &vm, &mut ports)?;
+    add_platform_devices(&mut ports, config)?;
+    let space = AddressSpace { ports, devices: Bus::default(), memory: memory.guest().clone() };
+    let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
+    timeline.mark(Phase::Vcpus);
+
+    let (sender, receiver) = mpsc::channel();
+    let reports = Reports { events: sender, wake: events.wake(), timeline: timeline.clone() };
+    let events = events.with_vcpu_events(receiver);
+    install_kick_handler().map_err(BuildError::Events)?;
+    let threads = vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, reports.clone()));
+    let vcpus = threads.collect::<Result<_, _>>()?;
+    Ok(Vmm { vcpus, events, console, timeline, vm, memory })
+}
+
+/// The command line with its NUL.
+fn cmdline_bytes(cmdline: &linux_loader::loader::Cmdline) -> Result<Vec<u8>, ConfigError> {
+    // `validate` has refused control characters, a NUL with them.
+    let text = cmdline.as_cstring().map_err(|_| ConfigError::CmdlineControl(0))?;
+    Ok(text.into_bytes_with_nul())
+}
+
+fn write_tables(
+    config: &VmConfig,
+    memory: &Memory,
+    image: &Image,
+    initrd: Option<Initrd>,
+    cmdline_len: usize,
+) -> Result<(), BuildError> {
+    let acpi_config = AcpiConfig { cpus: config.cpus, serial: config.serial != Serial::Null };
+    let rsdp = acpi::write_tables(memory.guest(), acpi_config)?;
+    let memory_map = &memory_map(config.memory.size.0);
+    let info = BootInfo { image, cmdline_len, initrd, memory_map, rsdp };
+    match image.entry {
+        Entry::Pvh(_) => pvh::write_start_info(memory.guest(), &info)?,
+        Entry::Linux64(_) => write_boot_params(memory.guest(), &info)?,
+    }
+    Ok(registers::write_tables(memory.guest(), image.entry)?)
+}
+
+/// Ports that KVM's own devices answer before we hear of them: both 8259s, the i8254, and their edge registers.
+const IN_KERNEL_PORTS: [std::ops::RangeInclusive<u16>; 5] =
+    [0x20..=0x21, 0x40..=0x43, 0x61..=0x61, 0xa0..=0xa1, 0x4d0..=0x4d1];
+
+fn add_platform_devices(ports: &mut Bus, config: &VmConfig) -> Result<(), BuildError> {
+    fn add(
+        bus: &mut Bus,
+        name: &'static str,
+        port: u16,
+        len: u16,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), Overlap> {
+        bus.insert(name, port.into(), len.into(), Arc::new(Mutex::new(device)))
+    }
+    add(ports, "the keyboard controller", layout::I8042_PORT, layout::I8042_LEN, I8042)?;
+    add(ports, "the timeline's port", layout::MARK_PORT, 1, MarkPort)?;
+    add(ports, "pvpanic", layout::PVPANIC_PORT, 1, PvPanic)?;
+    add(ports, "ACPI power management", layout::ACPI_PM_PORT, layout::ACPI_PM_LEN, AcpiPm)?;
+    if let Some(port) = config.exit_code_port {
+        let taken = || BuildError::ExitCodePort(port);
+        if IN_KERNEL_PORTS.iter().any(|range| range.contains(&port)) {
+            return Err(taken());
+        }
+        add(ports, "the exit status", port, 1, ExitCode).map_err(|_| taken())?;
+    }
+    Ok(())
+}
+
+fn make_vcpus(
+    config: &VmConfig,
+    host: &HostKvm,
+    vm: &Vm,
+    space: AddressSpace,
+    entry: Entry,
+    timeline: &Timeline,
+) -> Result<Vec<Vcpu>, BuildError> {
+    let supported = host.supported_cpuid()?;
+    let space = Arc::new(space);
+    let mut vcpus = Vec::new();
+    for index in 0..config.cpus {
+        let fd = vm.create_vcpu(index)?;
+        let cpuid_config = CpuidConfig {
+            apic_id: index,
+            cpus: config.cpus,
+            tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
+            tsc_deadline: host.has_tsc_deadline(),
+        };
+        let vcpu = Vcpu::new(fd, index, space.clone(), timeline.is_on())?;
+        vcpu.configure(&vcpu_cpuid(&supported, cpuid_config)?, entry)?;
+        vcpus.push(vcpu);
+    }
+    timeline.watch(vcpus.iter().map(Vcpu::exit_source).collect());
+    Ok(vcpus)
+}
+
+/// An event descriptor for the event loop.
+pub(super) fn new_event() -> io::Result<Arc<EventFd>> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new)
+}

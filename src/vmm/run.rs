@@ -1,0 +1,177 @@
+//! Running a VM: resume, the event loop, and taking it all down.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::bus::Action;
+use crate::metrics::Phase;
+use crate::sys::signals::EndSignals;
+use crate::vcpu::VcpuEvent;
+
+use super::builder::new_event;
+use super::console::ConsoleEvents;
+use super::{End, Vmm};
+
+/// vCPUs that have not ended by then are left to the end of the process.
+const STOP_BOUND: Duration = Duration::from_secs(2);
+
+/// The event loop failed; the guest is stopped.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// epoll.
+    #[error("the event loop failed: {0:?}")]
+    Loop(event_manager::Error),
+    /// The terminal.
+    #[error("the terminal on standard input cannot be made raw")]
+    Terminal(#[source] io::Error),
+    /// A vCPU thread hangs.
+    #[error("a vCPU did not stop within {STOP_BOUND:?}")]
+    Stuck,
+}
+
+/// Why the loop ends, once it does. The first reason stays.
+#[derive(Clone, Default)]
+pub(super) struct EndSlot(Rc<RefCell<Option<End>>>);
+
+impl EndSlot {
+    pub(super) fn set(&self, end: End) {
+        self.0.borrow_mut().get_or_insert(end);
+    }
+
+    fn take(&self) -> Option<End> {
+        self.0.borrow_mut().take()
+    }
+}
+
+/// What can end a VM: its vCPUs, a signal, the time limit.
+pub(super) struct EventSources {
+    signals: EndSignals,
+    timer: Option<TimerFd>,
+    wake: Arc<EventFd>,
+    vcpu_events: Option<Receiver<VcpuEvent>>,
+}
+
+impl EventSources {
+    /// Blocks the ending signals: called before any thread is started.
+    pub(super) fn new(timeout: Option<Duration>) -> io::Result<Self> {
+        let timer = timeout.map(|t| {
+            let mut timer = TimerFd::new()?;
+            timer.reset(t, None)?;
+            Ok::<_, vmm_sys_util::errno::Error>(timer)
+        });
+        let timer = timer.transpose().map_err(io::Error::from)?;
+        Ok(Self { signals: EndSignals::new()?, timer, wake: new_event()?, vcpu_events: None })
+    }
+
+    /// What a vCPU writes to after it has sent an event.
+    pub(super) fn wake(&self) -> Arc<EventFd> {
+        self.wake.clone()
+    }
+
+    pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
+        Self { vcpu_events: Some(events), ..self }
+    }
+}
+
+struct EndEvents {
+    sources: EventSources,
+    end: EndSlot,
+}
+
+impl MutEventSubscriber for EndEvents {
+    fn init(&mut self, ops: &mut EventOps) {
+        let sources = &self.sources;
+        let fds = [Some(sources.signals.as_fd().as_raw_fd()), Some(sources.wake.as_raw_fd())];
+        for fd in fds.into_iter().chain([sources.timer.as_ref().map(AsRawFd::as_raw_fd)]).flatten() {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                log::error!("the event loop cannot watch a descriptor: {e:?}");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let sources = &mut self.sources;
+        if events.fd() == sources.wake.as_raw_fd() {
+            let _ = sources.wake.read();
+            let vcpu_events = sources.vcpu_events.iter().flat_map(Receiver::try_iter);
+            vcpu_events.filter_map(end_of).for_each(|end| self.end.set(end));
+        } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
+            self.end.set(End::Timeout);
+        } else if let Some(number) = sources.signals.take() {
+            self.end.set(End::Signal(number));
+        }
+    }
+}
+
+/// What an event of a vCPU means for the VM.
+fn end_of(event: VcpuEvent) -> Option<End> {
+    match event {
+        VcpuEvent::Fault(fault) => Some(End::Fault(fault)),
+        VcpuEvent::Device(Action::PowerOff) => Some(End::PowerOff),
+        VcpuEvent::Device(Action::Reset) => Some(End::Reset),
+        VcpuEvent::Device(Action::Panic) => Some(End::Panic),
+        VcpuEvent::Device(Action::Exit(status)) => Some(End::Exit(status)),
+        VcpuEvent::Device(Action::None | Action::Mark(_)) => None,
+    }
+}
+
+/// Runs the guest until something ends it, then takes the VM down.
+///
+/// # Errors
+/// The event loop fails, or a vCPU hangs.
+pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
+    let end = EndSlot::default();
+    let failed = RunError::Loop;
+    let console_output = vmm.console.as_ref().map(|c| c.output());
+    let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
+    manager.add_subscriber(Box::new(EndEvents { sources: vmm.events, end: end.clone() }));
+    // The console is taken back at the end, for the guest's last words.
+    let console = vmm.console.take().map(|mut console| {
+        console.enter_raw_mode().map_err(RunError::Terminal)?;
+        Ok(Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() })))
+    });
+    let console = console.transpose()?;
+    if let Some(console) = &console {
+        manager.add_subscriber(Box::new(console.clone()));
+    }
+
+    vmm.timeline.mark(Phase::FirstRun);
+    vmm.vcpus.iter().for_each(|v| v.resume());
+    let reason = loop {
+        match manager.run() {
+            Ok(_) => {}
+            // A signal that is not ours, as after SIGSTOP and SIGCONT.
+            Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EINTR => {}
+            Err(e) => break Err(failed(e)),
+        }
+        if let Some(end) = end.take() {
+            break Ok(end);
+        }
+    };
+    vmm.timeline.mark(Phase::End);
+
+    vmm.vcpus.iter().for_each(|v| v.stop());
+    if let Some(output) = console_output {
+        output.close();
+    }
+    let deadline = Instant::now() + STOP_BOUND;
+    let stopped = vmm.vcpus.into_iter().fold(true, |all, v| v.join(deadline) && all);
+    drop(manager);
+    if let Some(console) = console.and_then(Rc::into_inner) {
+        console.into_inner().console.finish();
+    }
+    vmm.timeline.unwatch();
+    drop((vmm.vm, vmm.memory));
+    vmm.timeline.mark(Phase::Teardown);
+    if stopped { reason } else { Err(RunError::Stuck) }
+}
