@@ -1,2 +1,136 @@
-//! `microvm-init`.
-fn main() {}
+//! `microvm-init`: process 1 of a guest that runs one program.
+//!
+//! It mounts what a program expects, runs the program that stands behind ` -- ` on the kernel's command line, and
+//! switches the machine off. On the way it writes the timeline's marks to I/O port 0x80. With the word
+//! `microvm.exit_code_port=PORT` on the command line the program's status becomes that of `microvm`.
+
+mod modules;
+mod port;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::process::{Pid, WaitOptions, getpid, wait};
+use rustix::system::{RebootCommand, reboot};
+
+use port::Port;
+
+const MARK_PORT: u16 = 0x80;
+/// The marks of docs/timeline.md.
+const MARK_USER_SPACE: u8 = 0xe0;
+const MARK_INIT_READY: u8 = 0xe1;
+const MARK_WORKLOAD_START: u8 = 0xe2;
+const MARK_WORKLOAD_END: u8 = 0xe3;
+
+/// What a shell gives for a program that it cannot find or run.
+const NOT_RUN: u8 = 127;
+
+fn main() {
+    let marks = Port::open(MARK_PORT);
+    let mark = |byte| marks.as_ref().map_or((), |port| port.write(byte));
+    mark(MARK_USER_SPACE);
+    if !getpid().is_init() {
+        eprintln!("microvm-init: this is process 1 of a guest; on a host there is nothing for it to do");
+        std::process::exit(2);
+    }
+    mount_all();
+    if let Err(e) = modules::load_all() {
+        eprintln!("microvm-init: {e}");
+    }
+    mark(MARK_INIT_READY);
+    let status = run(std::env::args_os().skip(1).collect(), &mark);
+    mark(MARK_WORKLOAD_END);
+    tell_status(status);
+    end();
+}
+
+/// Mounts the kernel's file systems. The program may do without one that fails.
+fn mount_all() {
+    let nothing = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    let mounts = [
+        ("proc", "/proc", nothing),
+        ("sysfs", "/sys", nothing),
+        ("devtmpfs", "/dev", MountFlags::NOSUID),
+        ("tmpfs", "/tmp", MountFlags::NOSUID | MountFlags::NODEV),
+    ];
+    for (kind, target, flags) in mounts {
+        let _ = std::fs::create_dir(target);
+        // Busy: the kernel has mounted it already.
+        if let Err(e) = mount(kind, target, kind, flags, None).or_else(unless_busy) {
+            eprintln!("microvm-init: {target} cannot be mounted: {e}");
+        }
+    }
+}
+
+fn unless_busy(error: rustix::io::Errno) -> rustix::io::Result<()> {
+    if error == rustix::io::Errno::BUSY { Ok(()) } else { Err(error) }
+}
+
+/// Runs the program and everything that it leaves behind until it has ended itself.
+fn run(words: Vec<OsString>, mark: &dyn Fn(u8)) -> u8 {
+    let Some((program, arguments)) = words.split_first() else {
+        eprintln!("microvm-init: no program: give one behind ` -- ` on the kernel's command line");
+        return NOT_RUN;
+    };
+    mark(MARK_WORKLOAD_START);
+    let mut command = Command::new(program);
+    command.args(arguments).env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    // A session of its own, so that the console can become its terminal.
+    // SAFETY: setsid is async-signal-safe and touches no memory of the parent's.
+    unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
+    match command.spawn() {
+        Ok(child) => wait_for(child.id()),
+        Err(e) => {
+            eprintln!("microvm-init: {} cannot be run: {e}", program.display());
+            NOT_RUN
+        }
+    }
+}
+
+/// Reaps children, orphans of the program too, until the program has ended.
+fn wait_for(child: u32) -> u8 {
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid_is(pid, child) => {
+                let status = ExitStatus::from_raw(status.as_raw());
+                // 128 + signal, as shells say it; statuses from 128 on cannot be told apart on the status port.
+                return status.code().or(status.signal().map(|s| 128 + s)).map_or(NOT_RUN, |n| n as u8);
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return NOT_RUN,
+        }
+    }
+}
+
+fn pid_is(pid: Pid, child: u32) -> bool {
+    u32::try_from(pid.as_raw_nonzero().get()) == Ok(child)
+}
+
+/// Ends the VM with the program's status, where the command line names the port for it.
+fn tell_status(status: u8) {
+    let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let word = line.split_whitespace().find_map(|w| w.strip_prefix("microvm.exit_code_port="));
+    let port = word.and_then(|w| match w.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16).ok(),
+        None => w.parse().ok(),
+    });
+    rustix::fs::sync();
+    if let Some(port) = port.and_then(Port::open) {
+        // 0 to 127 is what the port takes: a signal's 128 + N becomes 127.
+        port.write(status.min(127));
+    }
+}
+
+fn end() -> ! {
+    rustix::fs::sync();
+    if let Err(e) = reboot(RebootCommand::PowerOff) {
+        eprintln!("microvm-init: the machine cannot be switched off: {e}");
+    }
+    // Process 1 must not end: the kernel would panic.
+    loop {
+        std::thread::park();
+    }
+}

@@ -4,7 +4,7 @@
 //! three the thread meets first, it looks into the channel afterwards: no wake-up is lost, and nobody polls.
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -102,40 +102,37 @@ impl VcpuThread {
     }
 }
 
+/// Clears `immediate_exit`, then looks into the channel, then runs: a command that comes after the look sets it again.
 fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, reports: &Reports) {
-    // Parked until told to run; the VM being gone counts as a stop.
-    while let Ok(Command::Run) = commands.recv() {
+    let mut running = false;
+    loop {
         vcpu.page.set_immediate_exit(false);
-        if !run_until_command(&mut vcpu, commands, reports) {
-            return;
+        let command = match running {
+            true => commands.try_recv(),
+            false => commands.recv().map_err(|_| TryRecvError::Disconnected),
+        };
+        match command {
+            Ok(Command::Run) => running = true,
+            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) => running = run_until_interrupted(&mut vcpu, reports),
         }
     }
 }
 
-/// Runs the guest. `false`: told to stop. `true`: parked, waiting for a command.
-fn run_until_command(vcpu: &mut Vcpu, commands: &Receiver<Command>, reports: &Reports) -> bool {
-    loop {
-        let event = match vcpu.run_once() {
-            Outcome::Continue => continue,
-            Outcome::Device(Action::Mark(byte)) => {
-                reports.timeline.guest_mark(byte);
-                continue;
-            }
-            Outcome::Interrupted => {
-                // Cleared before looking: a command that comes later sets it again.
-                vcpu.page.set_immediate_exit(false);
-                match commands.try_recv() {
-                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
-                    Ok(Command::Run) | Err(mpsc::TryRecvError::Empty) => continue,
-                }
-            }
-            Outcome::Device(action) => VcpuEvent::Device(action),
-            Outcome::Fault(fault) => VcpuEvent::Fault(fault),
-        };
-        // Nobody listens any more when the VM is being closed.
-        if reports.events.send(event).is_ok() {
-            let _ = reports.wake.write(1);
+/// Runs the guest. `true`: something interrupted it. `false`: it waits for the VM's answer to an event.
+fn run_until_interrupted(vcpu: &mut Vcpu, reports: &Reports) -> bool {
+    let event = loop {
+        match vcpu.run_once() {
+            Outcome::Continue => {}
+            Outcome::Interrupted => return true,
+            Outcome::Device(Action::Mark(byte)) => reports.timeline.guest_mark(byte),
+            Outcome::Device(action) => break VcpuEvent::Device(action),
+            Outcome::Fault(fault) => break VcpuEvent::Fault(fault),
         }
-        return true;
+    };
+    // Nobody listens any more when the VM is being closed.
+    if reports.events.send(event).is_ok() {
+        let _ = reports.wake.write(1);
     }
+    false
 }

@@ -165,7 +165,8 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
         output.close();
     }
     let deadline = Instant::now() + STOP_BOUND;
-    let stopped = vmm.vcpus.into_iter().fold(true, |all, v| v.join(deadline) && all);
+    // Each is waited for, also after one that hangs.
+    let stuck = vmm.vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
     drop(manager);
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
@@ -173,5 +174,5 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     vmm.timeline.unwatch();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
-    if stopped { reason } else { Err(RunError::Stuck) }
+    if stuck == 0 { reason } else { Err(RunError::Stuck) }
 }

@@ -63,7 +63,7 @@ pub(super) fn parse(file: &dyn ReadAt) -> Result<Image, ImageError> {
     read(file, header.as_mut_slice(), 0, "the ELF header")?;
     check_header(&header)?;
     let programs = read_program_headers(file, &header)?;
-    let segments = load_segments(&programs, file.len())?;
+    let segments = load_segments(&programs, file.size())?;
     let entry = match find_pvh_entry(file, &programs)? {
         Some(entry) => Entry::Pvh(entry),
         None => Entry::Linux64(header.entry),

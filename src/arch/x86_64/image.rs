@@ -16,7 +16,7 @@ use super::layout::HIGH_RAM;
 /// A file that can be read anywhere.
 pub trait ReadAt {
     /// Its size in bytes.
-    fn len(&self) -> u64;
+    fn size(&self) -> u64;
     /// Fills `buf` from `offset`.
     ///
     /// # Errors
@@ -33,7 +33,7 @@ pub struct SizedFile<'a> {
 }
 
 impl ReadAt for SizedFile<'_> {
-    fn len(&self) -> u64 {
+    fn size(&self) -> u64 {
         self.len
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -42,8 +42,8 @@ impl ReadAt for SizedFile<'_> {
 }
 
 impl ReadAt for &[u8] {
-    fn len(&self) -> u64 {
-        <[u8]>::len(self) as u64
+    fn size(&self) -> u64 {
+        self.len() as u64
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let start = usize::try_from(offset).ok();
@@ -158,11 +158,11 @@ pub(super) fn read(
 /// # Errors
 /// What the file is instead of a kernel, or what is wrong with it.
 pub fn parse(file: &dyn ReadAt) -> Result<Image, ImageError> {
-    if file.len() == 0 {
+    if file.size() == 0 {
         return Err(ImageError::Empty);
     }
     let mut magic = [0; 8];
-    let have = file.len().min(8) as usize;
+    let have = file.size().min(8) as usize;
     read(file, &mut magic[..have], 0, "its first bytes")?;
     match magic {
         [0x7f, b'E', b'L', b'F', ..] => elf::parse(file),
@@ -229,7 +229,7 @@ fn parse_bzimage(file: &dyn ReadAt) -> Result<Image, ImageError> {
     let file_offset = (u64::from(if sectors == 0 { 4 } else { sectors }) + 1) * 512;
     // `syssize` counts 16-byte units; what follows (a signature) is no part of the kernel.
     let file_size = u64::from(header.syssize) * 16;
-    if file_size <= ENTRY_64 || file.len() < file_offset.saturating_add(file_size) {
+    if file_size <= ENTRY_64 || file.size() < file_offset.saturating_add(file_size) {
         return Err(ImageError::Truncated("the bzImage's compressed kernel"));
     }
     let segment = Segment { file_offset, file_size, address: HIGH_RAM, memory_size: file_size };

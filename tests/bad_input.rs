@@ -1,0 +1,290 @@
+//! Bad input: one line that names the flag or path, exit status 1 or 2, nothing left behind.
+
+mod common;
+
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Output;
+
+use common::{Host, Protocol, elf, power_off, stderr};
+
+#[track_caller]
+fn assert_fails(output: &Output, status: i32, words: &[&str]) {
+    common::assert_fails(output, status, words);
+}
+
+/// Boots a file of these bytes, and checks that it fails with `words` and leaves nothing behind.
+#[track_caller]
+fn bad_kernel(bytes: &[u8], words: &[&str]) {
+    let host = Host::new();
+    let kernel = host.file("kernel", bytes);
+    let before = host.files();
+    let output = host.boot(&kernel, &[]).output().unwrap();
+    assert_fails(&output, 1, &[&["--kernel", "kernel"], words].concat());
+    assert_eq!(host.files(), before);
+}
+
+/// A good kernel with a change in its first program header's field.
+fn damaged(field: usize, value: u64) -> Vec<u8> {
+    let mut file = elf(&power_off(), Protocol::Pvh);
+    file[64 + field..72 + field].copy_from_slice(&value.to_le_bytes());
+    file
+}
+
+const OFFSET: usize = 8;
+const ADDRESS: usize = 24;
+const FILE_SIZE: usize = 32;
+const MEMORY_SIZE: usize = 40;
+
+#[test]
+fn kernels_that_are_none() {
+    bad_kernel(b"", &["empty"]);
+    bad_kernel(b"hello, this is a text and no kernel at all", &["not a kernel"]);
+    bad_kernel(b"\x1f\x8b\x08\0\0\0\0\0", &["gzip", "gunzip"]);
+    bad_kernel(&std::fs::read("/bin/true").unwrap(), &["ordinary program"]);
+    bad_kernel(&elf(&power_off(), Protocol::Pvh)[..100], &["truncated"]);
+    bad_kernel(&elf(&power_off(), Protocol::Pvh)[..0x1003], &["truncated"]);
+}
+
+#[test]
+fn kernels_that_are_not_there() {
+    let host = Host::new();
+    for (path, words) in
+        [("/nonexistent/vmlinux", "No such file"), ("/tmp", "is not a file"), ("/dev/null", "is not a file")]
+    {
+        let output = host.boot(Path::new(path), &[]).output().unwrap();
+        assert_fails(&output, 1, &["--kernel", path, words]);
+    }
+}
+
+#[test]
+fn a_fifo_does_not_hang() {
+    let host = Host::new();
+    let fifo = host.dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    assert_fails(&host.boot(&fifo, &[]).output().unwrap(), 1, &["--kernel", "is not a file"]);
+}
+
+#[test]
+fn a_sparse_file_of_4_gib() {
+    let host = Host::new();
+    let kernel = host.file("sparse", b"");
+    File::options().write(true).open(&kernel).unwrap().set_len(4 << 30).unwrap();
+    assert_fails(&host.boot(&kernel, &[]).output().unwrap(), 1, &["--kernel", "sparse"]);
+    // As an initramfs it is too large for any guest.
+    let good = host.kernel(&power_off());
+    let output = host.boot(&good, &["--initrd", kernel.to_str().unwrap()]).output().unwrap();
+    assert_fails(&output, 1, &["--initrd", "sparse", "needs"]);
+}
+
+#[test]
+fn elf_segments_that_lie() {
+    bad_kernel(&damaged(MEMORY_SIZE, 1 << 30), &["guest memory", "--memory"]);
+    bad_kernel(&damaged(ADDRESS, 1 << 30), &["entry point"]);
+    bad_kernel(&damaged(ADDRESS, u64::MAX - 64), &["wraps"]);
+    bad_kernel(&damaged(OFFSET, u64::MAX - 64), &["wraps"]);
+    bad_kernel(&damaged(MEMORY_SIZE, u64::MAX - 64), &["wraps"]);
+    bad_kernel(&damaged(FILE_SIZE, 1 << 40), &["truncated"]);
+    bad_kernel(&damaged(ADDRESS, 0x1000), &["first MiB"]);
+    bad_kernel(&damaged(MEMORY_SIZE, 0), &["nothing to load"]);
+    // The second header becomes a segment that lies over the first.
+    let mut overlap = elf(&power_off(), Protocol::Pvh);
+    overlap.copy_within(64..120, 120);
+    bad_kernel(&overlap, &["overlaps"]);
+}
+
+#[test]
+fn an_initramfs_that_does_not_fit() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let big = host.file("big", &vec![0; 20 << 20]);
+    let output = host.boot(&kernel, &["--initrd", big.to_str().unwrap()]).output().unwrap();
+    assert_fails(&output, 1, &["--initrd", "big", "23M", "--memory is 16M"]);
+    let empty = host.file("empty", b"");
+    let output = host.boot(&kernel, &["--initrd", empty.to_str().unwrap()]).output().unwrap();
+    assert_fails(&output, 1, &["--initrd", "empty"]);
+}
+
+#[test]
+fn a_command_line_that_is_too_long() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    for flag in ["--append", "--cmdline"] {
+        let output = host.boot(&kernel, &[flag, &"x".repeat(5000)]).output().unwrap();
+        assert_fails(&output, 2, &["--append", "2047"]);
+    }
+}
+
+#[test]
+fn vcpus_out_of_range() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    for cpus in ["0", "33", "1025"] {
+        assert_fails(
+            &host.boot(&kernel, &["--cpus", cpus]).output().unwrap(),
+            2,
+            &["--cpus", cpus, "1 to 32"],
+        );
+    }
+    for cpus in ["-1", "two", "4294967296"] {
+        assert_fails(&host.boot(&kernel, &[&format!("--cpus={cpus}")]).output().unwrap(), 2, &["--cpus"]);
+    }
+}
+
+#[test]
+fn memory_out_of_range() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    for (memory, status, words) in [
+        ("0", 2, "at least 2M"),
+        ("1M", 2, "at least 2M"),
+        ("3T", 1, "this host has"),
+        ("5T", 2, "at most"),
+        ("99999999999999999999G", 2, "not a size"),
+        ("16M,shared", 2, "allowed are"),
+        ("16777217", 2, "multiple"),
+    ] {
+        assert_fails(
+            &host.boot(&kernel, &["--memory", memory]).output().unwrap(),
+            status,
+            &["--memory", words],
+        );
+    }
+}
+
+#[test]
+fn huge_pages_that_are_not_there() {
+    let host = Host::new();
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    if free.map_or(0, |n| n.trim().parse().unwrap_or(0)) >= 8 {
+        eprintln!("skipped: this host has huge pages");
+        return;
+    }
+    let kernel = host.kernel(&power_off());
+    for memory in ["16M,hugepages=2M", "16M,hugepages=2M,backing=memfd"] {
+        let output = host.boot(&kernel, &["--memory", memory]).output().unwrap();
+        assert_fails(&output, 1, &["--memory", "free huge pages", "nr_hugepages"]);
+    }
+}
+
+#[test]
+fn a_kvm_device_that_is_none() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let plain = host.file("plain", b"x");
+    for (path, words) in [
+        ("/nonexistent", "no KVM"),
+        (plain.to_str().unwrap(), "no KVM device"),
+        ("/dev/null", "no KVM device"),
+    ] {
+        let output = host.boot(&kernel, &["--kvm-device", path]).output().unwrap();
+        assert_fails(&output, 1, &[path, words]);
+    }
+}
+
+#[test]
+fn a_kvm_device_that_is_not_allowed() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let device = host.file("device", b"x");
+    std::fs::set_permissions(&device, Permissions::from_mode(0o000)).unwrap();
+    std::fs::set_permissions(host.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = host.dir.path().join("microvm");
+    std::fs::copy(env!("CARGO_BIN_EXE_microvm"), &program).unwrap();
+    let mut command = std::process::Command::new(program);
+    if rustix::process::geteuid().is_root() {
+        // Root may open anything: try it as nobody.
+        command.uid(65534).gid(65534);
+    }
+    let command = command.args(["boot", "--kernel"]).arg(&kernel).arg("--kvm-device").arg(&device);
+    assert_fails(&command.output().unwrap(), 1, &["device", "may not be opened", "usermod"]);
+}
+
+#[test]
+fn json_that_is_wrong() {
+    let host = Host::new();
+    for (text, words) in [
+        (r#"{"kernel": {"path": "k"}, "cpu": 2}"#, "unknown field `cpu`"),
+        (r#"{"kernel": {"path": "k"}, "cpus": "two"}"#, "invalid type"),
+        (r#"{"kernel": {"path": "k"}, "memory": {"size": "many"}}"#, "is not a size"),
+        (r#"{"kernel": {"path": "k"}, "timeout": "soon"}"#, "timeout"),
+        (r#"{"kernel": "#, "EOF"),
+        ("{}", "missing field `kernel`"),
+        ("", "EOF"),
+    ] {
+        host.file("vm.json", text.as_bytes());
+        let output = host.microvm(["boot", "--config", "vm.json"]).output().unwrap();
+        assert_fails(&output, 2, &["--config vm.json", words]);
+    }
+    let output = host.microvm(["boot", "--config", "missing.json"]).output().unwrap();
+    assert_fails(&output, 2, &["--config missing.json", "No such file"]);
+}
+
+#[test]
+fn usage_that_is_wrong() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    for (flags, words) in [
+        (&["--serial", "file="][..], &["--serial", "stdio, null and file=PATH"][..]),
+        (&["--serial", "tcp"], &["--serial"]),
+        (&["--timeout", "soon"], &["--timeout"]),
+        (&["--timeout", "0s"], &["--timeout"]),
+        (&["--exit-code-port", "70000"], &["--exit-code-port"]),
+        (&["--timeline=xml"], &["--timeline"]),
+        (&["--no-such-flag"], &["--no-such-flag"]),
+        (&["--append", "a\nb"], &["--append", "control character"]),
+    ] {
+        assert_fails(&host.boot(&kernel, flags).output().unwrap(), 2, words);
+    }
+    assert_fails(&host.microvm(["boot"]).output().unwrap(), 2, &["--kernel"]);
+}
+
+#[test]
+fn a_status_port_that_is_taken() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    for port in ["0x3f8", "0x64", "0x80", "0x505", "0x600", "0x20", "0x40"] {
+        let output = host.boot(&kernel, &["--exit-code-port", port]).output().unwrap();
+        assert_fails(&output, 1, &["--exit-code-port", "another device"]);
+    }
+}
+
+#[test]
+fn an_output_file_that_cannot_be() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let output = host.boot(&kernel, &["--serial", "file=/nonexistent/log"]).output().unwrap();
+    assert_fails(&output, 1, &["--serial", "/nonexistent/log"]);
+}
+
+#[test]
+fn software_kvm_is_told_at_once() {
+    let host = Host::new();
+    let hardware = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    if hardware.split_whitespace().any(|w| w == "svm" || w == "vmx") {
+        eprintln!("skipped: this host has hardware KVM");
+        return;
+    }
+    let kernel = host.kernel(&power_off());
+    let output = host.microvm([Path::new("boot"), Path::new("--kernel"), &kernel]).output().unwrap();
+    assert_fails(&output, 1, &["software KVM", "scripts/kvm-host", "--allow-software-kvm"]);
+}
+
+#[test]
+fn an_instruction_that_cannot_be_emulated() {
+    let host = Host::new();
+    let hardware = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    if hardware.split_whitespace().any(|w| w == "svm" || w == "vmx") {
+        eprintln!("skipped: this host has hardware KVM, which runs it");
+        return;
+    }
+    // popcnt eax, eax: valid, but a software KVM's interpreter does not know it.
+    let output = host.boot_code(&[&[0xf3, 0x0f, 0xb8, 0xc0], &power_off()[..]].concat(), &[]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(102), "{text}");
+    for word in ["f3 0f b8 c0", "RIP 0x200000", "scripts/kvm-host"] {
+        assert!(text.contains(word), "no {word:?} in: {text}");
+    }
+}

@@ -1,0 +1,135 @@
+//! Tiny guests, made in the test itself, and how to run `microvm` on them.
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// Where the tiny guests are loaded and start.
+pub const LOAD: u64 = 0x20_0000;
+
+/// `out PORT, VALUE` by way of DX, which is the same in 32-bit and in 64-bit code.
+pub fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+/// Prints `text` on COM1.
+pub fn print(text: &str) -> Vec<u8> {
+    text.bytes().flat_map(|b| out(0x3f8, b)).collect()
+}
+
+/// ACPI's S5.
+pub fn power_off() -> Vec<u8> {
+    out(0x600, 0x34)
+}
+
+/// `jmp .`
+pub const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+/// How a tiny guest is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Pvh,
+    Linux64,
+}
+
+/// An ELF file with `code` as its one segment, page-aligned in the file.
+pub fn elf(code: &[u8], protocol: Protocol) -> Vec<u8> {
+    let mut file = vec![0u8; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(24, &LOAD.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &2u16.to_le_bytes());
+    let mut header = |i: usize, kind: u32, offset: u64, address: u64, size: u64, memory: u64| {
+        put(64 + i * 56, &kind.to_le_bytes());
+        for (field, value) in [(8, offset), (24, address), (32, size), (40, memory)] {
+            put(64 + i * 56 + field, &value.to_le_bytes());
+        }
+    };
+    header(0, 1, 0x1000, LOAD, code.len() as u64, code.len() as u64 + 0x1000);
+    header(1, if protocol == Protocol::Pvh { 4 } else { 0 }, 0x200, 0, 20, 20);
+    put(0x200, b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0");
+    put(0x210, &(LOAD as u32).to_le_bytes());
+    file.extend_from_slice(code);
+    file
+}
+
+/// A folder of its own for each test, and what is run in it.
+pub struct Host {
+    pub dir: TempDir,
+}
+
+impl Host {
+    pub fn new() -> Self {
+        Self { dir: TempDir::new().unwrap() }
+    }
+
+    pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    pub fn kernel(&self, code: &[u8]) -> PathBuf {
+        self.file("vmlinux", &elf(code, Protocol::Pvh))
+    }
+
+    /// `microvm ARGS`, with its own empty standard input.
+    pub fn microvm<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
+        command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// `microvm boot` of `kernel` on whatever `/dev/kvm` is here, with a bound on its time.
+    pub fn boot(&self, kernel: &Path, flags: &[&str]) -> Command {
+        let mut command = self.microvm(["boot", "--allow-software-kvm"]);
+        for (flag, value) in [("--memory", "16M"), ("--timeout", "60s")] {
+            if !flags.contains(&flag) {
+                command.args([flag, value]);
+            }
+        }
+        command.arg("--kernel").arg(kernel).args(flags);
+        command
+    }
+
+    /// Boots `code` by PVH and waits for its end.
+    pub fn boot_code(&self, code: &[u8], flags: &[&str]) -> Output {
+        self.boot(&self.kernel(code), flags).output().unwrap()
+    }
+
+    /// Files in the folder: what a failed run must not add to.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let mut all: Vec<_> =
+            std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        all.sort();
+        all
+    }
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The run failed with `status` and exactly one line, which has each of `words`.
+#[track_caller]
+pub fn assert_fails(output: &Output, status: i32, words: &[&str]) {
+    let text = stderr(output);
+    assert_eq!(output.status.code(), Some(status), "{text}");
+    assert_eq!(text.lines().count(), 1, "not one line: {text}");
+    assert!(text.starts_with("microvm: "), "{text}");
+    for word in words {
+        assert!(text.contains(word), "no {word:?} in: {text}");
+    }
+}
