@@ -84,11 +84,11 @@ fn elf_segments_that_lie() {
     bad_kernel(&damaged(MEMORY_SIZE, 1 << 30), &["guest memory", "--memory"]);
     bad_kernel(&damaged(ADDRESS, 1 << 30), &["entry point"]);
     bad_kernel(&damaged(ADDRESS, u64::MAX - 64), &["wraps"]);
-    bad_kernel(&damaged(OFFSET, u64::MAX - 64), &["wraps"]);
+    bad_kernel(&damaged(OFFSET, u64::MAX - 3), &["wraps"]);
     bad_kernel(&damaged(MEMORY_SIZE, u64::MAX - 64), &["wraps"]);
     bad_kernel(&damaged(FILE_SIZE, 1 << 40), &["truncated"]);
     bad_kernel(&damaged(ADDRESS, 0x1000), &["first MiB"]);
-    bad_kernel(&damaged(MEMORY_SIZE, 0), &["nothing to load"]);
+    bad_kernel(&damaged(MEMORY_SIZE, 0), &["anything to load"]);
     // The second header becomes a segment that lies over the first.
     let mut overlap = elf(&power_off(), Protocol::Pvh);
     overlap.copy_within(64..120, 120);
