@@ -120,7 +120,6 @@ fn inside() -> Result<()> {
         args
     };
     let rows = [
-        Row { name: "/bin/true", args: vec!["/bin/true".into()] },
         Row { name: "microvm --version", args: vec![microvm.display().to_string(), "--version".into()] },
         Row { name: "reset at the first instruction", args: boot("first", false) },
         Row { name: "reference kernel, boot to init and reboot", args: boot("reference", true) },

@@ -192,7 +192,10 @@ fn a_kvm_device_that_is_not_allowed() {
     std::fs::set_permissions(&device, Permissions::from_mode(0o000)).unwrap();
     std::fs::set_permissions(host.dir.path(), Permissions::from_mode(0o755)).unwrap();
     let program = host.dir.path().join("microvm");
-    std::fs::copy(env!("CARGO_BIN_EXE_microvm"), &program).unwrap();
+    // By cp: a descriptor of ours would still be open for writing in a child that another test starts (ETXTBSY).
+    let copied =
+        std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_microvm")).arg(&program).status().unwrap();
+    assert!(copied.success());
     let mut command = std::process::Command::new(program);
     if rustix::process::geteuid().is_root() {
         // Root may open anything: try it as nobody.

@@ -1,4 +1,5 @@
 //! The operating system's sharp edges, each behind a safe function.
 
+pub mod mapping;
 pub mod signals;
 pub mod terminal;

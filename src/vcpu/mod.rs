@@ -10,14 +10,14 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_SYSTEM_EVENT_CRASH, Msrs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::msrs::boot_msrs;
 use crate::arch::x86_64::registers::{boot_regs, boot_sregs};
 use crate::bus::{Action, Bus};
 use crate::metrics::ExitSource;
-use crate::vm::KvmError;
+use crate::vm::{KvmError, Memory};
 
 use counters::{Counters, Reason};
 pub use fault::Fault;
@@ -31,7 +31,7 @@ pub struct AddressSpace {
     /// Memory-mapped devices.
     pub devices: Bus,
     /// Memory.
-    pub memory: GuestMemoryMmap,
+    pub memory: Memory,
 }
 
 /// What one `KVM_RUN` came to.
@@ -174,7 +174,8 @@ impl Vcpu {
     fn instruction_at(&self, rip: u64) -> Vec<u8> {
         let Ok(translated) = self.fd.translate_gva(rip) else { return Vec::new() };
         let mut bytes = vec![0; (4096 - (rip & 0xfff)).min(15) as usize];
-        let read = self.space.memory.read_slice(&mut bytes, GuestAddress(translated.physical_address));
+        let read =
+            self.space.memory.guest().read_slice(&mut bytes, GuestAddress(translated.physical_address));
         if translated.valid != 0 && read.is_ok() { bytes } else { Vec::new() }
     }
 }

@@ -3,10 +3,11 @@
 //! A command is first put into the channel, then `immediate_exit` is set, then the signal sent. Whichever of the
 //! three the thread meets first, it looks into the channel afterwards: no wake-up is lost, and nobody polls.
 
+use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -26,6 +27,9 @@ pub enum VcpuEvent {
     Fault(Fault),
 }
 
+/// The default of 2 MiB is what a huge page fits: a thread that touches one page of it would take all.
+const STACK: usize = 256 << 10;
+
 enum Command {
     Run,
     Stop,
@@ -35,6 +39,7 @@ enum Command {
 pub struct VcpuThread {
     commands: Sender<Command>,
     page: Arc<RunPage>,
+    gone: Receiver<Infallible>,
     thread: JoinHandle<()>,
 }
 
@@ -66,11 +71,16 @@ impl VcpuThread {
     pub fn start(vcpu: Vcpu, reports: Reports) -> Result<Self, VcpuError> {
         let (commands, receiver) = mpsc::channel();
         let page = vcpu.page.clone();
+        let (alive, gone) = mpsc::channel();
         let thread = thread::Builder::new()
             .name(format!("vcpu{}", vcpu.index))
-            .spawn(move || run(vcpu, &receiver, &reports))
+            .stack_size(STACK)
+            .spawn(move || {
+                run(vcpu, &receiver, &reports);
+                drop(alive);
+            })
             .map_err(VcpuError::Thread)?;
-        Ok(Self { commands, page, thread })
+        Ok(Self { commands, page, gone, thread })
     }
 
     /// Lets the guest run.
@@ -86,11 +96,10 @@ impl VcpuThread {
     /// Waits until the thread has ended, but not after `deadline`; says whether it has.
     #[must_use]
     pub fn join(self, deadline: Instant) -> bool {
-        // Threads have no join with a limit. This path is rare and short: a thread takes microseconds to leave.
-        while !self.thread.is_finished() && Instant::now() < deadline {
-            thread::sleep(Duration::from_micros(200));
-        }
-        self.thread.is_finished() && self.thread.join().is_ok()
+        // Threads have no join with a limit. Nothing is ever sent here: the sender goes away with the vCPU.
+        let limit = deadline.saturating_duration_since(Instant::now());
+        let gone = self.gone.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected);
+        gone && self.thread.join().is_ok()
     }
 
     fn send(&self, command: Command) {

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
 use thiserror::Error;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
     GuestMemoryRegion, GuestRegionMmap,
@@ -15,8 +15,10 @@ use vm_memory::{
 
 use crate::arch::x86_64::memory_map::ram_ranges;
 use crate::config::{Backing, HugePages, MemoryConfig, Size};
+use crate::sys::mapping::Mapping;
 
 const PAGE: u64 = 4096;
+const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Guest memory could not be had.
 #[derive(Debug, Error)]
@@ -82,11 +84,15 @@ pub struct Loaded {
     pub copied: u64,
 }
 
-/// The guest's memory.
-pub struct Memory {
+/// The guest's memory. Clones share it; it is unmapped with the last one.
+#[derive(Clone)]
+pub struct Memory(Arc<Inner>);
+
+/// Dropped in this order: what points into the mappings goes before them.
+struct Inner {
     guest: GuestMemoryMmap,
-    /// Files can be mapped over it: it is private, of ordinary pages.
-    mappable: bool,
+    /// The anonymous mappings behind `guest`, which does not own these. Files can be mapped over them.
+    anonymous: Vec<Mapping>,
 }
 
 impl Memory {
@@ -101,22 +107,32 @@ impl Memory {
             Backing::Memfd => Some(memfd(config)?),
         };
         let mut regions = Vec::new();
+        let mut anonymous = Vec::new();
         let mut offset = 0;
         for (start, len) in ram_ranges(config.size.0) {
-            let file = file.as_ref().map(|f| f.try_clone()).transpose().map_err(MemoryError::Memfd)?;
-            let region = map_region(config, len, file.map(|f| FileOffset::new(f, offset)))?;
+            let region = if let Some(file) = &file {
+                let file = FileOffset::new(file.try_clone().map_err(MemoryError::Memfd)?, offset);
+                map_shared(config, len, file)?
+            } else if let Some(pages) = config.hugepages {
+                map_huge(config, len, pages)?
+            } else {
+                let mapping = Mapping::anonymous(len as usize)
+                    .map_err(|source| map_error(config, MmapRegionError::Mmap(source)))?;
+                let region = raw_region(&mapping).map_err(|source| map_error(config, source))?;
+                anonymous.push(mapping);
+                region
+            };
             regions.push(GuestRegionMmap::new(region, GuestAddress(start)).ok_or(MemoryError::Regions)?);
             offset += len;
         }
         let guest = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Regions)?;
-        let mappable = config.backing == Backing::Anonymous && config.hugepages.is_none();
-        Ok(Self { guest, mappable })
+        Ok(Self(Arc::new(Inner { guest, anonymous })))
     }
 
     /// The memory as devices see it.
     #[must_use]
     pub fn guest(&self) -> &GuestMemoryMmap {
-        &self.guest
+        &self.0.guest
     }
 
     /// Puts `len` bytes of `file` from `offset` at guest address `at`: whole pages are mapped where both lie alike
@@ -129,8 +145,11 @@ impl Memory {
     /// No such guest memory, or the file fails.
     pub fn load(&self, file: &File, offset: u64, at: u64, len: u64) -> Result<Loaded, LoadError> {
         let first = at.next_multiple_of(PAGE).min(at + len);
-        let whole =
-            if self.mappable && at % PAGE == offset % PAGE { (at + len - first) / PAGE * PAGE } else { 0 };
+        let whole = if self.is_mappable() && at % PAGE == offset % PAGE {
+            (at + len - first) / PAGE * PAGE
+        } else {
+            0
+        };
         if whole == 0 {
             self.copy(file, offset, at, len)?;
             return Ok(Loaded { mapped: 0, copied: len });
@@ -147,64 +166,64 @@ impl Memory {
         while len > 0 {
             let part = &mut buffer[..len.min(1 << 20) as usize];
             file.read_exact_at(part, offset).map_err(LoadError::Read)?;
-            self.guest.write_slice(part, GuestAddress(at))?;
+            self.0.guest.write_slice(part, GuestAddress(at))?;
             let done = part.len() as u64;
             (offset, at, len) = (offset + done, at + done, len - done);
         }
         Ok(())
     }
 
+    /// Files can be mapped over private memory of ordinary pages.
+    fn is_mappable(&self) -> bool {
+        !self.0.anonymous.is_empty()
+    }
+
     /// Maps whole pages of `file` privately in place of the guest's anonymous ones.
     fn map_over(&self, file: &File, offset: u64, at: u64, len: u64) -> Result<(), LoadError> {
-        let region = self.guest.find_region(GuestAddress(at));
-        let region = region.ok_or(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)))?;
+        let outside = || GuestMemoryError::InvalidGuestAddress(GuestAddress(at));
+        let regions = self.0.guest.iter().zip(&self.0.anonymous);
+        let (region, mapping) =
+            regions.filter(|(region, _)| region.start_addr().0 <= at).last().ok_or_else(outside)?;
         let inside = at - region.start_addr().0;
         if inside.checked_add(len).is_none_or(|end| end > region.len()) {
-            return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)).into());
+            return Err(outside().into());
         }
-        let host = region.as_ptr().wrapping_add(inside as usize);
-        // SAFETY: `host..host + len` lies inside one region, checked above, which this `Memory` owns and which no
-        // vCPU runs on yet; it is private anonymous memory (`mappable`), so nobody else maps what is replaced. The
-        // new mapping has the same protection, and goes away with the region, whose `munmap` covers it.
-        let mapped = unsafe {
-            libc::mmap(
-                host.cast(),
-                len as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                offset as libc::off_t,
-            )
-        };
-        if mapped == libc::MAP_FAILED { Err(LoadError::Map(io::Error::last_os_error())) } else { Ok(()) }
+        mapping.replace(inside as usize, len as usize, file, offset).map_err(LoadError::Map)
     }
 }
 
-fn map_region(
-    config: &MemoryConfig,
-    len: u64,
-    file: Option<FileOffset>,
-) -> Result<vm_memory::MmapRegion, MemoryError> {
-    let sharing = if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
-    let pages = match config.hugepages {
-        None => libc::MAP_NORESERVE,
-        // Reserved at once: without that a guest would die when it touches the page that the pool lacks.
-        Some(HugePages::Size2M) if file.is_none() => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
-        Some(HugePages::Size1G) if file.is_none() => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
-        // The memfd has the page size.
-        Some(_) => 0,
+/// A region over a mapping that it does not own.
+fn raw_region(mapping: &Mapping) -> Result<MmapRegion, MmapRegionError> {
+    // SAFETY: the mapping is that long, with this protection, and lives in the same `Inner` as the region, which is
+    // dropped first and is never handed out but by reference.
+    unsafe {
+        MmapRegion::build_raw(mapping.address(), mapping.len(), PROT, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+    }
+}
+
+/// Huge pages are reserved at once: a guest would die when it touches one that the pool lacks.
+fn map_huge(config: &MemoryConfig, len: u64, pages: HugePages) -> Result<MmapRegion, MemoryError> {
+    let size = match pages {
+        HugePages::Size2M => libc::MAP_HUGE_2MB,
+        HugePages::Size1G => libc::MAP_HUGE_1GB,
     };
-    let builder = MmapRegionBuilder::new(len as usize)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(sharing | pages);
-    let builder = match file {
-        Some(file) => builder.with_file_offset(file),
-        None => builder,
-    };
-    builder.build().map_err(|source| match config.hugepages {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size;
+    let builder = MmapRegionBuilder::new(len as usize).with_mmap_prot(PROT).with_mmap_flags(flags);
+    builder.build().map_err(|source| map_error(config, source))
+}
+
+fn map_shared(config: &MemoryConfig, len: u64, file: FileOffset) -> Result<MmapRegion, MemoryError> {
+    let reserve = if config.hugepages.is_some() { 0 } else { libc::MAP_NORESERVE };
+    let builder = MmapRegionBuilder::new(len as usize).with_mmap_prot(PROT);
+    let builder = builder.with_mmap_flags(libc::MAP_SHARED | reserve).with_file_offset(file);
+    builder.build().map_err(|source| map_error(config, source))
+}
+
+fn map_error(config: &MemoryConfig, source: MmapRegionError) -> MemoryError {
+    match config.hugepages {
         Some(pages) => no_huge_pages(config.size, pages),
         None => MemoryError::Map { size: config.size, source },
-    })
+    }
 }
 
 fn no_huge_pages(size: Size, pages: HugePages) -> MemoryError {

@@ -114,7 +114,7 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let mut ports = Bus::default();
     let console = Console::new(&config.serial, &vm, &mut ports)?;
     add_platform_devices(&mut ports, config)?;
-    let space = AddressSpace { ports, devices: Bus::default(), memory: memory.guest().clone() };
+    let space = AddressSpace { ports, devices: Bus::default(), memory: memory.clone() };
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
     timeline.mark(Phase::Vcpus);
 
