@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::config::{MemoryConfig, Serial, VmConfig};
+use crate::config::{Load, MemoryConfig, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -49,6 +49,10 @@ pub struct BootArgs {
     /// Replace the default command line of the kernel
     #[arg(long, value_name = "LINE", allow_hyphen_values = true)]
     cmdline: Option<String>,
+    /// How kernel and initramfs come into guest memory: map shares their pages between VMs, copy boots faster where
+    /// the host has huge pages, auto chooses copy there [default: auto]
+    #[arg(long, value_name = "HOW", value_parser = parse_load)]
+    load: Option<Load>,
     /// Number of vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
@@ -99,6 +103,15 @@ fn parse_serial(text: &str) -> Result<Serial, String> {
     }
 }
 
+fn parse_load(text: &str) -> Result<Load, String> {
+    match text {
+        "auto" => Ok(Load::Auto),
+        "map" => Ok(Load::Map),
+        "copy" => Ok(Load::Copy),
+        _ => Err("allowed are auto, map and copy".into()),
+    }
+}
+
 fn parse_port(text: &str) -> Result<u16, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u16::from_str_radix(hex, 16),
@@ -144,6 +157,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.kernel.initrd = args.initrd.or(config.kernel.initrd);
     config.kernel.cmdline = args.cmdline.or(config.kernel.cmdline);
     config.kernel.append = args.append.unwrap_or(config.kernel.append);
+    config.kernel.load = args.load.unwrap_or(config.kernel.load);
     config.cpus = args.cpus.unwrap_or(config.cpus);
     config.memory = args.memory.unwrap_or(config.memory);
     config.serial = args.serial.unwrap_or(config.serial);

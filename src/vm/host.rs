@@ -46,3 +46,10 @@ impl fmt::Display for Tier {
         })
     }
 }
+
+/// Whether this host backs all anonymous memory with huge pages, without being asked for each mapping.
+#[must_use]
+pub fn has_transparent_huge_pages() -> bool {
+    let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    setting.is_ok_and(|words| words.contains("[always]"))
+}

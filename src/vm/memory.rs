@@ -1,8 +1,7 @@
 //! Guest memory: mapping it, and putting files into it without reading them.
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
@@ -135,21 +134,19 @@ impl Memory {
         &self.0.guest
     }
 
-    /// Puts `len` bytes of `file` from `offset` at guest address `at`: whole pages are mapped where both lie alike
-    /// in their pages, the rest is copied. Whatever was there is replaced.
+    /// Puts `len` bytes of `file` from `offset` at guest address `at`. With `map`, whole pages are mapped where both
+    /// lie alike in their pages and memory is private and of ordinary pages; the rest is copied. Whatever was there is
+    /// replaced.
     ///
-    /// The caller has checked that the file is that long. A file that is cut short while a VM runs takes the pages
+    /// The caller has checked that the file is that long. A file that is cut short while a VM runs takes mapped pages
     /// away from its guest, and ends it with an error; it does no harm to another VM.
     ///
     /// # Errors
     /// No such guest memory, or the file fails.
-    pub fn load(&self, file: &File, offset: u64, at: u64, len: u64) -> Result<Loaded, LoadError> {
+    pub fn load(&self, file: &File, offset: u64, at: u64, len: u64, map: bool) -> Result<Loaded, LoadError> {
         let first = at.next_multiple_of(PAGE).min(at + len);
-        let whole = if self.is_mappable() && at % PAGE == offset % PAGE {
-            (at + len - first) / PAGE * PAGE
-        } else {
-            0
-        };
+        let alike = map && self.is_mappable() && at % PAGE == offset % PAGE;
+        let whole = if alike { (at + len - first) / PAGE * PAGE } else { 0 };
         if whole == 0 {
             self.copy(file, offset, at, len)?;
             return Ok(Loaded { mapped: 0, copied: len });
@@ -161,16 +158,12 @@ impl Memory {
         Ok(Loaded { mapped: whole, copied: head + tail })
     }
 
-    fn copy(&self, file: &File, mut offset: u64, mut at: u64, mut len: u64) -> Result<(), LoadError> {
-        let mut buffer = vec![0; len.min(1 << 20) as usize];
-        while len > 0 {
-            let part = &mut buffer[..len.min(1 << 20) as usize];
-            file.read_exact_at(part, offset).map_err(LoadError::Read)?;
-            self.0.guest.write_slice(part, GuestAddress(at))?;
-            let done = part.len() as u64;
-            (offset, at, len) = (offset + done, at + done, len - done);
-        }
-        Ok(())
+    /// Reads straight into guest memory.
+    fn copy(&self, mut file: &File, offset: u64, at: u64, len: u64) -> Result<(), LoadError> {
+        file.seek(SeekFrom::Start(offset)).map_err(LoadError::Read)?;
+        let len =
+            usize::try_from(len).map_err(|_| GuestMemoryError::InvalidGuestAddress(GuestAddress(at)))?;
+        Ok(self.0.guest.read_exact_volatile_from(GuestAddress(at), &mut file, len)?)
     }
 
     /// Files can be mapped over private memory of ordinary pages.
@@ -262,6 +255,7 @@ fn check_host_memory(asked: Size) -> Result<(), MemoryError> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -278,10 +272,15 @@ mod tests {
 
     /// Loads and compares, with what must stay around it.
     fn check(text: &str, offset: u64, at: u64, len: u64) -> Loaded {
+        check_load(text, offset, at, len, false);
+        check_load(text, offset, at, len, true)
+    }
+
+    fn check_load(text: &str, offset: u64, at: u64, len: u64, map: bool) -> Loaded {
         let memory = memory(text);
         let (file, bytes) = file(40_000);
         memory.guest().write_slice(&[0xaa; 80_000], GuestAddress(0)).unwrap();
-        let loaded = memory.load(&file, offset, at, len).unwrap();
+        let loaded = memory.load(&file, offset, at, len, map).unwrap();
         let mut now = vec![0; 80_000];
         memory.guest().read_slice(&mut now, GuestAddress(0)).unwrap();
         let (start, end) = (at as usize, (at + len) as usize);
@@ -309,7 +308,7 @@ mod tests {
     fn a_guest_write_does_not_reach_the_file() {
         let memory = memory("2M");
         let (file, bytes) = file(8192);
-        memory.load(&file, 0, 4096, 8192).unwrap();
+        memory.load(&file, 0, 4096, 8192, true).unwrap();
         memory.guest().write_slice(&[0xee; 8192], GuestAddress(4096)).unwrap();
         let mut now = vec![0; 8192];
         file.read_exact_at(&mut now, 0).unwrap();
@@ -320,8 +319,8 @@ mod tests {
     fn memory_past_the_end_is_an_error() {
         let memory = memory("2M");
         let (file, _) = file(8192);
-        assert!(memory.load(&file, 0, (2 << 20) - 4096, 8192).is_err());
-        assert!(memory.load(&file, 0, 1 << 40, 4096).is_err());
+        assert!(memory.load(&file, 0, (2 << 20) - 4096, 8192, true).is_err());
+        assert!(memory.load(&file, 0, 1 << 40, 4096, true).is_err());
     }
 
     #[test]

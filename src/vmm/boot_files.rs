@@ -11,7 +11,8 @@ use crate::arch::x86_64::image::{self, Image, ImageError, SizedFile};
 use crate::arch::x86_64::layout::INITRD_MAX;
 use crate::arch::x86_64::linux_boot::Initrd;
 use crate::arch::x86_64::memory_map::low_end;
-use crate::config::{KernelConfig, Size};
+use crate::config::{KernelConfig, Load, Size};
+use crate::vm::host::has_transparent_huge_pages;
 use crate::vm::{LoadError, Loaded, Memory};
 
 /// A boot file that cannot be used. Each message names the flag and the path.
@@ -109,45 +110,39 @@ impl<'a> BootFiles<'a> {
     /// # Errors
     /// They do not fit, or a file fails.
     pub fn load(&self, memory: &Memory, size: Size) -> Result<Option<Initrd>, BootFileError> {
+        let map = match self.config.load {
+            Load::Map => true,
+            Load::Copy => false,
+            Load::Auto => !has_transparent_huge_pages(),
+        };
         let low = low_end(size.0);
         if self.image.needs_memory_to > low {
             return Err(does_not_fit(KERNEL, &self.config.path, self.image.needs_memory_to, size));
         }
         for s in &self.image.segments {
             let loaded =
-                memory.load(&self.kernel, s.file_offset, s.address, s.file_size).map_err(|source| {
+                memory.load(&self.kernel, s.file_offset, s.address, s.file_size, map).map_err(|source| {
                     BootFileError::Load { flag: KERNEL, path: self.config.path.clone(), source }
                 })?;
             log_loaded("kernel", s.address, loaded);
         }
-        self.initrd
-            .as_ref()
-            .map(|(file, path, len)| self.load_initrd(memory, size, file, path, *len))
-            .transpose()
-    }
-
-    /// At the end of low memory: the kernel unpacks and allocates from below.
-    fn load_initrd(
-        &self,
-        memory: &Memory,
-        size: Size,
-        file: &File,
-        path: &Path,
-        len: u64,
-    ) -> Result<Initrd, BootFileError> {
-        let end = low_end(size.0).min(INITRD_MAX);
-        let address = end.checked_sub(len).map(|a| a & !0xfff).filter(|a| *a >= self.image.needs_memory_to);
-        let Some(address) = address else {
-            let needed = self.image.needs_memory_to.saturating_add(len);
-            return Err(does_not_fit(INITRD, path, needed, size));
-        };
-        let loaded = memory.load(file, 0, address, len).map_err(|source| BootFileError::Load {
+        let Some((file, path, len)) = &self.initrd else { return Ok(None) };
+        let address = self.initrd_address(size, path, *len)?;
+        let loaded = memory.load(file, 0, address, *len, map).map_err(|source| BootFileError::Load {
             flag: INITRD,
             path: path.into(),
             source,
         })?;
         log_loaded("initramfs", address, loaded);
-        Ok(Initrd { address, size: len })
+        Ok(Some(Initrd { address, size: *len }))
+    }
+
+    /// At the end of low memory: the kernel unpacks and allocates from below.
+    fn initrd_address(&self, size: Size, path: &Path, len: u64) -> Result<u64, BootFileError> {
+        let end = low_end(size.0).min(INITRD_MAX);
+        let address = end.checked_sub(len).map(|a| a & !0xfff).filter(|a| *a >= self.image.needs_memory_to);
+        let needed = || self.image.needs_memory_to.saturating_add(len);
+        address.ok_or_else(|| does_not_fit(INITRD, path, needed(), size))
     }
 }
 

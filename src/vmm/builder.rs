@@ -88,7 +88,7 @@ pub enum BuildError {
 pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
     config.validate()?;
     let serial = config.serial != Serial::Null;
-    let cmdline = command_line(&config.kernel, serial)?;
+    let cmdline = command_line(&config.kernel, serial, config.cpus)?;
     let files = BootFiles::open(&config.kernel)?;
     let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
 

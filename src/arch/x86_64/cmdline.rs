@@ -27,17 +27,24 @@ pub const DEFAULT: &[(&str, &str)] = &[
     ("rcupdate.rcu_expedited=1", "each wait for readers is short instead of a few timer ticks"),
 ];
 
+/// Given to a guest with one vCPU.
+pub const ONE_CPU: (&str, &str) = (
+    "noreplace-smp",
+    "lock prefixes stay: the kernel would patch thousands of places of its text to drop them",
+);
+
 /// The whole command line: default words (or `--cmdline`), then `--append`.
 ///
 /// # Errors
 /// Longer than Linux takes.
-pub fn command_line(kernel: &KernelConfig, serial: bool) -> Result<Cmdline, ConfigError> {
+pub fn command_line(kernel: &KernelConfig, serial: bool, cpus: u32) -> Result<Cmdline, ConfigError> {
     let mut words = Vec::new();
     match &kernel.cmdline {
         Some(line) => words.push(line.as_str()),
         None => {
             words.extend(serial.then_some(CONSOLE));
             words.extend(DEFAULT.iter().map(|(word, _)| *word));
+            words.extend((cpus == 1).then_some(ONE_CPU.0));
         }
     }
     words.push(&kernel.append);
@@ -55,7 +62,7 @@ mod tests {
     fn line(change: impl Fn(&mut KernelConfig), serial: bool) -> String {
         let mut kernel = VmConfig::new("k".into()).kernel;
         change(&mut kernel);
-        command_line(&kernel, serial).unwrap().as_cstring().unwrap().into_string().unwrap()
+        command_line(&kernel, serial, 1).unwrap().as_cstring().unwrap().into_string().unwrap()
     }
 
     #[test]
@@ -75,13 +82,13 @@ mod tests {
     fn the_sum_of_both_has_a_limit() {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "x".repeat(MAX_CMDLINE - 20);
-        assert!(matches!(command_line(&kernel, true), Err(ConfigError::CmdlineTooLong(_))));
+        assert!(matches!(command_line(&kernel, true, 2), Err(ConfigError::CmdlineTooLong(_))));
     }
 
     #[test]
     fn the_docs_explain_every_word() {
         let docs = include_str!("../../../docs/boot.md");
-        for (word, _) in DEFAULT.iter().chain(&[(CONSOLE, "")]) {
+        for (word, _) in DEFAULT.iter().chain(&[(CONSOLE, ""), ONE_CPU]) {
             assert!(docs.contains(&format!("| `{word}` |")), "docs/boot.md lacks a row for {word}");
         }
     }
