@@ -10,6 +10,9 @@
 //! reads the `use crate::` lines and fails on an import that points up.
 
 pub mod cli;
+
+pub mod doctor;
+
 pub mod vmm;
 
 pub mod devices;
