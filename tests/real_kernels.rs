@@ -100,10 +100,10 @@ fn stock_6_12_boots() {
     assert!(facts("stock-6.12", "bzImage", &["--memory", "256M"])["release"].starts_with("6.12."));
 }
 
-/// Reboot, power-off, panic and a chosen status, on the stock and on the tuned kernel.
+/// Reboot, power-off and a chosen status.
 #[track_caller]
 fn ends(name: &str, file: &str) {
-    for (words, expected) in [("reboot", 0), ("poweroff", 0), ("exit 42", 42), ("panic", 101)] {
+    for (words, expected) in [("reboot", 0), ("poweroff", 0), ("exit 42", 42)] {
         let output = boot(name, file, words, &[]).output().unwrap();
         assert_eq!(output.status.code(), Some(expected), "{words}: {}{}", stdout(&output), stderr(&output));
     }
@@ -123,6 +123,24 @@ fn stock_6_1_ends_with_its_status() {
 
 #[test]
 #[ignore = "needs hardware-grade KVM"]
+fn a_reboot_without_the_default_words_ends_the_vm() {
+    let line = "console=ttyS0 quiet panic=-1";
+    status(&boot("stock-6.1", "bzImage", "reboot", &["--cmdline", line]).output().unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_panic_is_101() {
+    // Stock kernels have pvpanic as a module, which microvm-init loads; this one has no /proc/sysrq-trigger.
+    let output = boot("stock-6.1", "bzImage", "panic", &[]).output().unwrap();
+    status(&output, 101);
+    let mut command = Host::new().microvm(["boot", "--timeout", "120s", "--kernel"]);
+    // No initramfs and no disk: no root file system.
+    status(&command.current_dir("/").arg(kernel("tuned").join("vmlinux")).output().unwrap(), 101);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
 fn kernels_without_acpi_or_with_a_pit_boot() {
     for flags in [&["--pit"][..], &["--memory", "64M,backing=memfd"]] {
         assert_eq!(facts("tuned", "vmlinux", flags)["cpus"], "1", "{flags:?}");
@@ -134,6 +152,8 @@ fn kernels_without_acpi_or_with_a_pit_boot() {
 fn the_console_takes_input() {
     let mut command = boot("tuned", "vmlinux", "cat", &[]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    // What comes before the guest's driver is there is lost, as on a real line.
+    read_until(&mut child, "ttyS0_irq=");
     child.stdin.take().unwrap().write_all(b"one\ntwo words\nend\n").unwrap();
     let output = child.wait_with_output().unwrap();
     status(&output, 0);
@@ -181,7 +201,7 @@ fn the_timeline_counts_exits_and_marks() {
     for name in ["guest-kernel", "guest-init", "workload-setup", "workload", "guest-end", "teardown"] {
         assert!(names.contains(&name), "no {name} in {names:?}");
     }
-    let sum: u64 = phases.iter().map(|p| p["exits"]["total"].as_u64().unwrap()).sum();
+    let sum: u64 = phases.iter().filter_map(|p| p["exits"]["total"].as_u64()).sum();
     assert_eq!(json["exits"]["total"].as_u64(), Some(sum));
     let boot = phases.iter().find(|p| p["name"] == "guest-kernel").unwrap();
     assert!(boot["exits"]["total"].as_u64() > Some(50), "{boot}");

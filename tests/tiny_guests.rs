@@ -24,6 +24,8 @@ fn acpi_s5_switches_off() {
 fn every_reset_ends_the_vm() {
     assert_eq!(status(&out(0x64, 0xfe), &[]), Some(0));
     assert_eq!(status(&out(0x602, 1), &[]), Some(0));
+    // mov eax, 0xffff0; jmp eax: the BIOS's reset vector.
+    assert_eq!(status(&[0xb8, 0xf0, 0xff, 0x0f, 0x00, 0xff, 0xe0], &["--timeout", "5s"]), Some(0));
 }
 
 #[test]

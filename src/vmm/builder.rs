@@ -149,6 +149,7 @@ fn write_tables(
         Entry::Pvh(_) => pvh::write_start_info(memory.guest(), &info)?,
         Entry::Linux64(_) => write_boot_params(memory.guest(), &info)?,
     }
+    registers::write_reset_vector(memory.guest())?;
     Ok(registers::write_tables(memory.guest(), image.entry)?)
 }
 

@@ -11,6 +11,10 @@ pub const CONSOLE: &str = "console=ttyS0";
 pub const DEFAULT: &[(&str, &str)] = &[
     ("quiet", "each printed character costs two VM exits; `--append loglevel=7` prints all again"),
     ("panic=-1", "a panic ends the VM at once instead of hanging"),
+    (
+        "reboot=k",
+        "one write to port 0x64 resets; hardware-reduced ACPI makes Linux try EFI and the BIOS first",
+    ),
     ("pci=off", "there is no PCI bus to look for"),
     ("8250.nr_uarts=1", "there is one serial port; each further one would be probed"),
     ("8250.skip_txen_test=1", "no test for a bug of old UARTs"),

@@ -4,6 +4,7 @@
 //! 0x0000_0500  GDT                       0x0000_9000  page tables (64-bit entry only)
 //! 0x0000_6000  PVH start info            0x0002_0000  kernel command line
 //! 0x0000_7000  Linux boot parameters     0x000e_0000  ACPI tables (found by scanning, too)
+//! 0x000f_fff0  what stands for the BIOS: a reset
 //! 0x0010_0000  kernel ... memory ... initramfs at the end of low memory, at most 3 GiB
 //! 0xc000_0000  no memory: devices, IOAPIC, local APIC
 //! 0x1_0000_0000  memory above 3 GiB goes on here
@@ -23,8 +24,10 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, in the BIOS area where an operating system without a better hint looks for the RSDP.
 pub const ACPI_TABLES: u64 = 0xe_0000;
-/// Room for ACPI tables.
-pub const ACPI_TABLES_LEN: u64 = 0x2_0000;
+/// Room for ACPI tables, up to the reset vector.
+pub const ACPI_TABLES_LEN: u64 = RESET_VECTOR - ACPI_TABLES;
+/// Where a PC's processor starts after a reset, and where Linux jumps when it resets through the BIOS.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory for the kernel starts.
 pub const HIGH_RAM: u64 = 0x10_0000;
 /// Start of the gap below 4 GiB that holds devices instead of memory.

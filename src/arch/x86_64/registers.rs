@@ -4,7 +4,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::image::Entry;
-use super::layout::{GDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
+use super::layout::{GDT, PAGE_TABLES, PVH_START_INFO, RESET_VECTOR, ZERO_PAGE};
 
 /// Segment descriptors of a flat memory model: null, 64-bit code, data, 32-bit code (Intel SDM, 3.4.5).
 const GDT_ENTRIES: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_9b00_0000_ffff];
@@ -23,6 +23,18 @@ const RFLAGS: u64 = 2;
 
 const PRESENT_WRITABLE: u64 = 3;
 const LARGE_PAGE: u64 = 1 << 7;
+
+/// `mov al, 0xfe; out 0x64, al; hlt`: the keyboard controller's reset line. The same in every mode.
+const RESET_CODE: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+
+/// Writes what stands for the BIOS. A Linux with EFI support, told of hardware-reduced ACPI and given no `reboot=`,
+/// reboots by a jump there (arch/x86/kernel/reboot.c: BOOT_EFI, then BOOT_BIOS), and would run on through zeros.
+///
+/// # Errors
+/// It lies outside of guest memory.
+pub fn write_reset_vector(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))
+}
 
 /// Writes what the registers of [`boot_sregs`] point to.
 ///
