@@ -174,7 +174,8 @@ const KERNEL_ADDRESS: u64 = 16 << 20;
 fn vmm_memory(args: &[String]) -> Result<u64> {
     let mut child = Command::new(&args[0])
         .args(&args[1..])
-        // No init: the kernel panics, and without a reboot it stays.
+        // Mapped, so that guest memory can be told apart. No init: the kernel panics, and without a reboot it stays.
+        .args(["--load", "map"])
         .args(["--cmdline", "console=ttyS0 panic=0 pci=off"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
