@@ -234,6 +234,8 @@ fn usage_that_is_wrong() {
         (&["--serial", "tcp"], &["--serial"]),
         (&["--timeout", "soon"], &["--timeout"]),
         (&["--timeout", "0s"], &["--timeout"]),
+        (&["--timeout", "580000000000y"], &["--timeout", "longer than a year"]),
+        (&["--load", "lazy"], &["--load", "auto, map and copy"]),
         (&["--exit-code-port", "70000"], &["--exit-code-port"]),
         (&["--timeline=xml"], &["--timeline"]),
         (&["--no-such-flag"], &["--no-such-flag"]),

@@ -124,7 +124,13 @@ pub enum ConfigError {
     /// A zero timeout would stop the VM before it starts.
     #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
     ZeroTimeout,
+    /// The kernel's timers count nanoseconds in 63 bits.
+    #[error("--timeout is longer than a year: leave the flag out for no limit")]
+    LongTimeout,
 }
+
+/// The longest `--timeout`: far below what a timer of the kernel's can count.
+const MAX_TIMEOUT: Duration = Duration::from_secs(366 * 24 * 3600);
 
 impl VmConfig {
     /// A VM with the default of everything but its kernel.
@@ -158,6 +164,9 @@ impl VmConfig {
         }
         if self.timeout == Some(Duration::ZERO) {
             return Err(ConfigError::ZeroTimeout);
+        }
+        if self.timeout.is_some_and(|t| t > MAX_TIMEOUT) {
+            return Err(ConfigError::LongTimeout);
         }
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
