@@ -208,6 +208,22 @@ fn the_timeline_counts_exits_and_marks() {
     assert!(boot["exits"]["kvm"]["port i/o"].as_u64() > Some(0), "{boot}");
 }
 
+/// Huge pages come from the host's pool, which root alone can fill.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn huge_pages_boot() {
+    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let before = std::fs::read_to_string(pool).unwrap();
+    if std::fs::write(pool, "128").is_err() {
+        eprintln!("skipped: only root can reserve huge pages");
+        return;
+    }
+    for memory in ["256M,hugepages=2M", "256M,hugepages=2M,backing=memfd"] {
+        assert_eq!(facts("tuned", "vmlinux", &["--memory", memory])["cpus"], "1", "{memory}");
+    }
+    std::fs::write(pool, before.trim()).unwrap();
+}
+
 /// With `--load map` kernel and initramfs stand in the address space as the files that they are.
 #[test]
 #[ignore = "needs hardware-grade KVM"]

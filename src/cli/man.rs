@@ -18,6 +18,7 @@ pub struct ManArgs {
 }
 
 pub(super) fn run(args: &ManArgs) -> Result<u8, CliError> {
-    clap_mangen::generate_to(Cli::command(), &args.folder)?;
+    clap_mangen::generate_to(Cli::command(), &args.folder)
+        .map_err(|source| CliError::Folder { folder: args.folder.clone(), source })?;
     Ok(0)
 }

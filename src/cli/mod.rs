@@ -76,8 +76,17 @@ pub enum CliError {
     /// The VM cannot be run.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// Output fails.
-    #[error("cannot write")]
+    /// A folder that cannot be written to.
+    #[error("{folder} cannot be written to: give a folder that is there")]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Standard output fails.
+    #[error("standard output cannot be written")]
     Output(#[from] io::Error),
 }
 
@@ -90,7 +99,7 @@ impl CliError {
             | Self::Config { .. }
             | Self::ConfigJson { .. }
             | Self::Build(BuildError::Config(_)) => 2,
-            Self::Build(_) | Self::Run(_) | Self::Output(_) => 1,
+            Self::Build(_) | Self::Run(_) | Self::Folder { .. } | Self::Output(_) => 1,
         }
     }
 }
