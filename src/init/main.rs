@@ -12,26 +12,25 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 
+use microvm::arch::x86_64::layout::MARK_PORT;
+use microvm::metrics::Phase;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions, getpid, wait};
 use rustix::system::{RebootCommand, reboot};
 
 use port::Port;
 
-const MARK_PORT: u16 = 0x80;
-/// The marks of docs/timeline.md.
-const MARK_USER_SPACE: u8 = 0xe0;
-const MARK_INIT_READY: u8 = 0xe1;
-const MARK_WORKLOAD_START: u8 = 0xe2;
-const MARK_WORKLOAD_END: u8 = 0xe3;
-
 /// What a shell gives for a program that it cannot find or run.
 const NOT_RUN: u8 = 127;
 
 fn main() {
     let marks = Port::open(MARK_PORT);
-    let mark = |byte| marks.as_ref().map_or((), |port| port.write(byte));
-    mark(MARK_USER_SPACE);
+    let mark = |ended: Phase| {
+        if let (Some(port), Some(byte)) = (&marks, ended.mark()) {
+            port.write(byte);
+        }
+    };
+    mark(Phase::UserSpace);
     if !getpid().is_init() {
         eprintln!("microvm-init: this is process 1 of a guest; on a host there is nothing for it to do");
         std::process::exit(2);
@@ -40,9 +39,9 @@ fn main() {
     if let Err(e) = modules::load_all() {
         eprintln!("microvm-init: {e}");
     }
-    mark(MARK_INIT_READY);
+    mark(Phase::InitReady);
     let status = run(std::env::args_os().skip(1).collect(), &mark);
-    mark(MARK_WORKLOAD_END);
+    mark(Phase::WorkloadEnd);
     tell_status(status);
     end();
 }
@@ -70,12 +69,12 @@ fn unless_busy(error: rustix::io::Errno) -> rustix::io::Result<()> {
 }
 
 /// Runs the program and everything that it leaves behind until it has ended itself.
-fn run(words: Vec<OsString>, mark: &dyn Fn(u8)) -> u8 {
+fn run(words: Vec<OsString>, mark: &dyn Fn(Phase)) -> u8 {
     let Some((program, arguments)) = words.split_first() else {
         eprintln!("microvm-init: no program: give one behind ` -- ` on the kernel's command line");
         return NOT_RUN;
     };
-    mark(MARK_WORKLOAD_START);
+    mark(Phase::WorkloadStart);
     let mut command = Command::new(program);
     command.args(arguments).env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     // A session of its own, so that the console can become its terminal.

@@ -23,13 +23,13 @@ pub enum Phase {
     Vcpus,
     /// Devices and threads are ready: the first `KVM_RUN` follows.
     FirstRun,
-    /// Mark 0xe0: the first instruction of the guest's process 1.
+    /// A mark: the first instruction of the guest's process 1.
     UserSpace,
-    /// Mark 0xe1: process 1 has set the guest up.
+    /// A mark: process 1 has set the guest up.
     InitReady,
-    /// Mark 0xe2: the workload starts.
+    /// A mark: the workload starts.
     WorkloadStart,
-    /// Mark 0xe3: the workload has ended.
+    /// A mark: the workload has ended.
     WorkloadEnd,
     /// The guest ended the VM, or was ended.
     End,
@@ -58,16 +58,23 @@ impl Phase {
         }
     }
 
+    /// The byte that a guest writes to port 0x80 when this phase of its own ends.
+    #[must_use]
+    pub const fn mark(self) -> Option<u8> {
+        match self {
+            Self::UserSpace => Some(0xe0),
+            Self::InitReady => Some(0xe1),
+            Self::WorkloadStart => Some(0xe2),
+            Self::WorkloadEnd => Some(0xe3),
+            _ => None,
+        }
+    }
+
     /// The phase that a byte on port 0x80 ends. Other bytes are no marks: Linux writes there to wait a microsecond.
     #[must_use]
     pub fn of_mark(byte: u8) -> Option<Self> {
-        match byte {
-            0xe0 => Some(Self::UserSpace),
-            0xe1 => Some(Self::InitReady),
-            0xe2 => Some(Self::WorkloadStart),
-            0xe3 => Some(Self::WorkloadEnd),
-            _ => None,
-        }
+        let marked = [Self::UserSpace, Self::InitReady, Self::WorkloadStart, Self::WorkloadEnd];
+        marked.into_iter().find(|phase| phase.mark() == Some(byte))
     }
 }
 

@@ -110,17 +110,21 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_full_buffer_waits_for_room() {
+    /// A full buffer, and a vCPU that waits for room in it.
+    fn full_with_writer() -> (Arc<ConsoleOutput>, thread::JoinHandle<()>) {
         let output = Arc::new(ConsoleOutput::new().unwrap());
         output.push(&vec![1; CAPACITY]);
-        let writer = thread::spawn({
-            let output = output.clone();
-            move || {
-                output.wait_for_room();
-                output.push(b"late");
-            }
+        let writer = output.clone();
+        let thread = thread::spawn(move || {
+            writer.wait_for_room();
+            writer.push(b"late");
         });
+        (output, thread)
+    }
+
+    #[test]
+    fn a_full_buffer_waits_for_room() {
+        let (output, writer) = full_with_writer();
         assert_eq!(output.take().len(), CAPACITY);
         writer.join().unwrap();
         assert_eq!(output.take(), b"late");
@@ -128,17 +132,9 @@ mod tests {
 
     #[test]
     fn closing_frees_a_waiting_writer() {
-        let output = Arc::new(ConsoleOutput::new().unwrap());
-        output.push(&vec![1; CAPACITY]);
-        let writer = thread::spawn({
-            let output = output.clone();
-            move || {
-                output.wait_for_room();
-                output.push(b"lost");
-            }
-        });
+        let (output, writer) = full_with_writer();
         output.close();
         writer.join().unwrap();
-        assert_eq!(output.take().len(), CAPACITY);
+        assert_eq!(output.take().len(), CAPACITY, "what comes after the end is dropped");
     }
 }
