@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -50,7 +51,7 @@ const ESCAPE: u8 = 1;
 /// Writes of at most this many bytes do not block where `poll` has said that a pipe has room (POSIX `PIPE_BUF`).
 const CHUNK: usize = 4096;
 /// How long the last output may take to get out after the guest's end.
-const LAST_OUTPUT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// The host's end of the serial port.
 pub struct Console {
@@ -137,15 +138,17 @@ impl Console {
     /// Writes the rest after the guest's end, unless nobody reads it within a second, and gives the terminal back.
     pub fn finish(mut self) {
         self.unwritten.extend(self.output.take());
-        while !self.unwritten.is_empty() && self.ready(Some(&LAST_OUTPUT)) {
+        let deadline = Instant::now() + LAST_OUTPUT;
+        while !self.unwritten.is_empty() && self.ready(deadline.saturating_duration_since(Instant::now())) {
             self.write_chunk();
         }
     }
 
     /// Whether a chunk can be written now.
-    fn ready(&self, timeout: Option<&Timespec>) -> bool {
+    fn ready(&self, timeout: Duration) -> bool {
         let Some(out) = &self.out else { return true };
-        poll(&mut [PollFd::new(out, PollFlags::OUT)], timeout).is_ok_and(|n| n > 0)
+        let timeout = Timespec::try_from(timeout).ok();
+        poll(&mut [PollFd::new(out, PollFlags::OUT)], timeout.as_ref()).is_ok_and(|n| n > 0)
     }
 
     /// Writes one chunk. Where nobody reads any more, output is dropped and the guest goes on.
@@ -177,7 +180,7 @@ impl ConsoleEvents {
         if console.unwritten.is_empty() {
             console.unwritten = console.output.take();
         }
-        while !console.unwritten.is_empty() && console.ready(Some(&Timespec::default())) {
+        while !console.unwritten.is_empty() && console.ready(Duration::ZERO) {
             console.write_chunk();
             if console.unwritten.is_empty() {
                 console.unwritten = console.output.take();
