@@ -295,3 +295,37 @@ fn many_vcpus_start_and_stop() {
         assert_eq!(status(&power_off(), &["--cpus", cpus]), Some(0), "{cpus}");
     }
 }
+
+/// Reads and writes ports and device addresses at random, in every width, until the time is up.
+fn babble(seed: u32) -> Vec<u8> {
+    let [a, b, c, d] = seed.to_le_bytes();
+    [
+        // mov esi, seed; again: imul esi, esi, 1664525; add esi, 1013904223
+        vec![0xbe, a, b, c, d, 0x69, 0xf6, 0x0d, 0x66, 0x19, 0x00, 0x81, 0xc6, 0x5f, 0xf3, 0x6e, 0x3c],
+        // mov edx, esi; shr edx, 16; mov eax, esi
+        vec![0x89, 0xf2, 0xc1, 0xea, 0x10, 0x89, 0xf0],
+        // out dx, al; out dx, ax; out dx, eax; in al, dx; in ax, dx; in eax, dx
+        vec![0xee, 0x66, 0xef, 0xef, 0xec, 0x66, 0xed, 0xed],
+        // mov edi, esi; or edi, 0x80000000; mov [edi], eax; mov ebx, [edi]; jmp again
+        vec![0x89, 0xf7, 0x81, 0xcf, 0, 0, 0, 0x80, 0x89, 0x07, 0x8b, 0x1f, 0xeb, 0xd7],
+    ]
+    .concat()
+}
+
+#[test]
+fn a_guest_that_babbles_harms_only_itself() {
+    let host = Host::new();
+    for seed in [1, 0xdead_beef, 0x1234_5678] {
+        let flags =
+            ["--timeout", "1s", "--serial", "file=console", "--exit-code-port", "0xf4", "--timeline=json"];
+        let output = host.boot(&host.kernel(&babble(seed)), &flags).output().unwrap();
+        let text = stderr(&output);
+        // It may happen upon the reset line or upset itself; microvm must end in one of its documented ways.
+        assert!(matches!(output.status.code(), Some(0..=127)), "{seed:#x}: {:?} {text}", output.status);
+        let timeline =
+            text.lines().find(|l| l.starts_with('{')).unwrap_or_else(|| panic!("{seed:#x}: {text}"));
+        let json: serde_json::Value = serde_json::from_str(timeline).unwrap();
+        assert!(json["exits"]["user"]["port write"].as_u64() > Some(20), "{seed:#x} was quiet: {json}");
+        assert!(text.lines().count() <= 2, "the guest fills the log: {text}");
+    }
+}
