@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import ctypes
 import fcntl
 import os
 import selectors
@@ -48,7 +49,8 @@ def qemu(options, console, sockets):
     mounted = shares(options)
     words = [f"{tag}{'=' if writable else ':'}{folder}" for tag, folder, writable in mounted]
     init = " ".join(f'"{word}"' for word in [os.path.join(here, "agent.py"), *words])
-    line = "console=ttyS0 reboot=t panic=-1 quiet tsc=reliable mitigations=off -- @ " + init
+    # An emulated host whose processors wait for each other for ever must end, not hang: panic, then no reboot.
+    line = "console=ttyS0 reboot=t panic=-1 softlockup_panic=1 quiet tsc=reliable mitigations=off -- @ " + init
     accel = ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"] if options.icount else ["-accel", "tcg,thread=multi"]
     args = ["qemu-system-x86_64", "-M", "q35", *accel, "-cpu", "EPYC,+svm,+npt", "-m", options.memory,
             "-smp", "1" if options.icount else options.smp, "-nodefaults", "-no-user-config", "-display", "none",
@@ -63,7 +65,14 @@ def qemu(options, console, sockets):
         args += ["-chardev", f"socket,id={name},fd={end.fileno()}",
                  "-device", f"virtserialport,chardev={name},name=kvm-host.{name}"]
     return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            pass_fds=[end.fileno() for end in sockets.values()], start_new_session=True)
+                            pass_fds=[end.fileno() for end in sockets.values()], start_new_session=True,
+                            preexec_fn=die_with_parent)
+
+
+def die_with_parent():
+    """Nobody else would end QEMU where this program is killed."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def window_size(fd):
