@@ -112,3 +112,39 @@ fn new_event(what: &'static str) -> Result<EventFd, KvmError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|e| kvm_error(what)(kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(0))))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use kvm_ioctls::VcpuExit;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn a_notification_stays_in_the_kernel() {
+        let host = HostKvm::open(Path::new("/dev/kvm")).unwrap();
+        let vm = Vm::new(host.kvm(), false).unwrap();
+        let memory = Memory::new(&"2M".parse().unwrap()).unwrap();
+        vm.set_memory(&memory).unwrap();
+        // In real mode: mov dx, 0x700; out dx, al; inc dx; out dx, al
+        memory.guest().write_slice(&[0xba, 0x00, 0x07, 0xee, 0x42, 0xee], GuestAddress(0x1000)).unwrap();
+        let notified = vm.ioeventfd(&IoEventAddress::Pio(0x700)).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs).unwrap();
+        vcpu.set_regs(&kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() }).unwrap();
+        // The first write never comes out to us, only the second.
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x701, _)));
+        assert_eq!(notified.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_interrupt_can_be_connected_once() {
+        let host = HostKvm::open(Path::new("/dev/kvm")).unwrap();
+        let vm = Vm::new(host.kvm(), false).unwrap();
+        vm.irqfd(5).unwrap().write(1).unwrap();
+    }
+}
