@@ -4,14 +4,17 @@ use std::process::ExitCode;
 
 use microvm::cli;
 use microvm::metrics::Clock;
+use microvm::sys::signals;
 
 fn main() -> ExitCode {
     // First of all, so that the timeline starts as close to exec as user space can see.
     let clock = Clock::start();
+    // A file that reaches the user's size limit then fails with an error instead of ending us.
+    signals::ignore(libc::SIGXFSZ);
     match cli::run(clock) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("microvm: {}", cli::chain(&error));
+            cli::say(&cli::chain(&error));
             ExitCode::from(error.exit_status())
         }
     }

@@ -88,6 +88,7 @@ fn elf_segments_that_lie() {
     bad_kernel(&damaged(MEMORY_SIZE, u64::MAX - 64), &["wraps"]);
     bad_kernel(&damaged(FILE_SIZE, 1 << 40), &["truncated"]);
     bad_kernel(&damaged(ADDRESS, 0x1000), &["first MiB"]);
+    bad_kernel(&damaged(MEMORY_SIZE, u64::MAX - common::LOAD), &["guest memory", "18446744073709551615"]);
     bad_kernel(&damaged(MEMORY_SIZE, 0), &["anything to load"]);
     // The second header becomes a segment that lies over the first.
     let mut overlap = elf(&power_off(), Protocol::Pvh);

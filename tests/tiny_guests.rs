@@ -296,6 +296,56 @@ fn many_vcpus_start_and_stop() {
     }
 }
 
+/// Starts every other vCPU with `ap` (16-bit code), then goes on with `bsp`.
+fn smp(ap: &[u8], bsp: &[u8]) -> Vec<u8> {
+    let apic = |register: u32, value: u32| {
+        [&[0xc7, 0x05][..], &(0xfee0_0000 + register).to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    // mov ecx, 0x1000; dec ecx; jnz back
+    let delay = vec![0xb9, 0, 0x10, 0, 0, 0x49, 0x75, 0xfd];
+    let build = |source: u32| {
+        [
+            // mov esi, source; mov edi, 0x8000; mov ecx, len; rep movsb
+            [&[0xbe][..], &source.to_le_bytes(), &[0xbf, 0, 0x80, 0, 0, 0xb9]].concat(),
+            [&(ap.len() as u32).to_le_bytes()[..], &[0xf3, 0xa4]].concat(),
+            // Local APIC on; INIT to all but self, then the start-up interrupt for page 8.
+            apic(0xf0, 0x1ff),
+            apic(0x300, 0x000c_4500),
+            delay.clone(),
+            apic(0x300, 0x000c_4608),
+            bsp.to_vec(),
+        ]
+        .concat()
+    };
+    let source = common::LOAD as u32 + build(0).len() as u32;
+    [build(source), ap.to_vec()].concat()
+}
+
+#[test]
+fn every_vcpu_runs() {
+    for cpus in [2u8, 4, 8] {
+        // Each other vCPU: lock inc byte [0x7000]; cli; hlt
+        let ap = [0xf0, 0xfe, 0x06, 0x00, 0x70, 0xfa, 0xf4];
+        // cmp byte [0x7000], cpus - 1; jne back; off
+        let bsp = [vec![0x80, 0x3d, 0x00, 0x70, 0, 0, cpus - 1, 0x75, 0xf7], power_off()].concat();
+        let flags = ["--cpus", &cpus.to_string(), "--timeout", "10s"];
+        assert_eq!(status(&smp(&ap, &bsp), &flags), Some(0), "{cpus}");
+    }
+}
+
+#[test]
+fn vcpus_that_print_at_once_end_in_time() {
+    // mov dx, 0x3f8; mov al, 'A'; out dx, al; jmp back
+    let ap = [0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xeb, 0xfd];
+    let bsp = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'B', 0xee, 0xeb, 0xfd];
+    let begin = Instant::now();
+    let output = Host::new().boot_code(&smp(&ap, &bsp), &["--cpus", "4", "--timeout", "1s"]);
+    assert_eq!(output.status.code(), Some(124));
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    let text = stdout(&output);
+    assert!(text.contains('A') && text.contains('B'), "only one of them printed");
+}
+
 /// Reads and writes ports and device addresses at random, in every width, until the time is up.
 fn babble(seed: u32) -> Vec<u8> {
     let [a, b, c, d] = seed.to_le_bytes();

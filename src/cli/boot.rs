@@ -1,6 +1,7 @@
 //! `microvm boot`: flags to a [`VmConfig`].
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use crate::config::{Load, MemoryConfig, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
-use super::CliError;
+use super::{CliError, chain, say};
 
 const AFTER_HELP: &str = "Exit status:
   0        the guest switched itself off or rebooted
@@ -32,6 +33,9 @@ Examples:
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
+
+/// Far longer than any VM's configuration.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// Flags of `microvm boot`.
 #[derive(Args)]
@@ -140,7 +144,8 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
             Format::Human => TimelineFormat::Human,
             Format::Json => TimelineFormat::Json,
         };
-        write_timeline(&timeline, format, &mut io::stderr().lock())?;
+        // The guest's status matters more than a standard error that cannot be written.
+        let _ = write_timeline(&timeline, format, &mut io::stderr().lock());
     }
     Ok(end.exit_status())
 }
@@ -169,8 +174,13 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
 }
 
 fn read_config(path: &Path) -> Result<VmConfig, CliError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| CliError::Config { path: path.into(), source })?;
+    let failed = |source| CliError::Config { path: path.into(), source };
+    let mut text = String::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(MAX_CONFIG + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(CliError::Usage(format!("--config {}: longer than 1 MiB, so no VM's", path.display())));
+    }
     serde_json::from_str(&text).map_err(|source| CliError::ConfigJson { path: path.into(), source })
 }
 
@@ -185,10 +195,10 @@ fn report(end: &End) {
                 }
                 _ => "",
             };
-            eprintln!("microvm: {}{advice}", crate::cli::chain(fault));
+            say(&format!("{}{advice}", chain(fault)));
         }
-        End::Panic => eprintln!("microvm: the guest's kernel panicked; its console says why"),
-        End::Timeout => eprintln!("microvm: --timeout passed; the VM was stopped"),
+        End::Panic => say("the guest's kernel panicked; its console says why"),
+        End::Timeout => say("--timeout passed; the VM was stopped"),
         End::PowerOff | End::Reset | End::Exit(_) | End::Signal(_) | End::Escape => {
             log::info!("the VM ended: {end:?}");
         }

@@ -5,7 +5,7 @@ mod completions;
 mod doctor;
 mod man;
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
@@ -102,6 +102,12 @@ impl CliError {
             Self::Build(_) | Self::Run(_) | Self::Folder { .. } | Self::Output(_) => 1,
         }
     }
+}
+
+/// Prints one line on standard error. Where that cannot be written, nothing is left to tell, and the exit status still
+/// says how it went.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "microvm: {line}");
 }
 
 /// An error and its sources on one line, outermost first.

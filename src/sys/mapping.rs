@@ -85,6 +85,23 @@ impl Drop for Mapping {
     }
 }
 
+/// Copies from an address of our own that may turn out not to be readable.
+///
+/// # Errors
+/// It is not.
+pub fn peek(from: *const u8, bytes: &mut [u8]) -> io::Result<()> {
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let remote = libc::iovec { iov_base: from.cast_mut().cast(), iov_len: bytes.len() };
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: the kernel writes to `bytes` alone, which is borrowed, and checks the other address itself.
+    let n = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    match usize::try_from(n) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +111,19 @@ mod tests {
         for len in [4096, HUGE_PAGE, HUGE_PAGE + 4096] {
             assert_eq!(Mapping::anonymous(len).unwrap().address() as usize % HUGE_PAGE, 0);
         }
+    }
+
+    #[test]
+    fn a_page_that_is_gone_can_be_peeked_at() {
+        let mapping = Mapping::anonymous(8192).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        mapping.replace(0, 8192, &file, 0).unwrap();
+        file.set_len(4096).unwrap();
+        let mut bytes = [1; 16];
+        peek(mapping.address(), &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 16]);
+        assert!(peek(mapping.address().wrapping_add(4096), &mut bytes).is_err());
     }
 
     #[test]

@@ -22,7 +22,8 @@ impl EndSignals {
         unsafe { libc::sigemptyset(set.as_mut_ptr()) };
         // SAFETY: initialised on the line above.
         let mut set = unsafe { set.assume_init() };
-        for signal in ENDING {
+        // A blocked signal reaches the descriptor even where it is ignored, so those are left out.
+        for signal in ENDING.into_iter().filter(|s| !is_ignored(*s)) {
             // SAFETY: `set` is an initialised signal set and `signal` a valid number.
             unsafe { libc::sigaddset(&raw mut set, signal) };
         }
@@ -48,6 +49,43 @@ impl EndSignals {
         let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
         u8::try_from(number).ok()
     }
+}
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: no new action is given; the old one is written to `action`, which is valid for that.
+    let failed = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } != 0;
+    // SAFETY: all zeros is a valid `sigaction`, and the kernel wrote a valid one over it if it wrote at all.
+    let action = unsafe { action.assume_init() };
+    !failed && action.sa_sigaction == libc::SIG_IGN
+}
+
+/// Ignores `signal` in the whole process.
+pub fn ignore(signal: libc::c_int) {
+    // SAFETY: ignoring runs no code of ours. It fails for numbers that are no signals alone.
+    unsafe { libc::signal(signal, libc::SIG_IGN) };
+}
+
+/// Lets `signal` come through to this thread, whatever the parent process has blocked.
+pub fn unblock(signal: libc::c_int) {
+    change_mask(libc::SIG_UNBLOCK, signal);
+}
+
+/// Keeps `signal` from this thread.
+pub fn block(signal: libc::c_int) {
+    change_mask(libc::SIG_BLOCK, signal);
+}
+
+fn change_mask(how: libc::c_int, signal: libc::c_int) {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set that it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: initialised on the line above.
+    let mut set = unsafe { set.assume_init() };
+    // SAFETY: `set` is an initialised signal set; a number that is no signal's leaves it empty.
+    unsafe { libc::sigaddset(&raw mut set, signal) };
+    // SAFETY: `set` is valid for reading; the old mask is not asked for.
+    unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) };
 }
 
 impl AsFd for EndSignals {

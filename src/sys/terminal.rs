@@ -7,6 +7,8 @@ use rustix::process::getpgrp;
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 
+use super::signals;
+
 /// The mode to go back to. A static, because a panic hook and every way out of the process must find it.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 
@@ -66,6 +68,8 @@ impl Drop for RawMode {
 /// Gives the terminal back, once.
 fn restore() {
     if let Some(before) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        // From the background this would stop the process (SIGTTOU), and it is about to end.
+        signals::block(libc::SIGTTOU);
         // Draining would wait for a terminal that shows nothing any more. Nothing is left to do if this fails.
         let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
     }

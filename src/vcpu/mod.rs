@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_SYSTEM_EVENT_CRASH, Msrs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::msrs::boot_msrs;
@@ -174,9 +174,8 @@ impl Vcpu {
     fn instruction_at(&self, rip: u64) -> Vec<u8> {
         let Ok(translated) = self.fd.translate_gva(rip) else { return Vec::new() };
         let mut bytes = vec![0; (4096 - (rip & 0xfff)).min(15) as usize];
-        let read =
-            self.space.memory.guest().read_slice(&mut bytes, GuestAddress(translated.physical_address));
-        if translated.valid != 0 && read.is_ok() { bytes } else { Vec::new() }
+        let read = self.space.memory.peek(GuestAddress(translated.physical_address), &mut bytes);
+        if translated.valid != 0 && read.is_some() { bytes } else { Vec::new() }
     }
 }
 

@@ -14,6 +14,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Action;
 use crate::metrics::Timeline;
+use crate::sys::signals;
 
 use super::run_page::RunPage;
 use super::{Fault, Outcome, Vcpu, VcpuError};
@@ -76,6 +77,8 @@ impl VcpuThread {
             .name(format!("vcpu{}", vcpu.index))
             .stack_size(STACK)
             .spawn(move || {
+                // A parent may have left it blocked, and then no kick would get through.
+                signals::unblock(SIGRTMIN());
                 run(vcpu, &receiver, &reports);
                 drop(alive);
             })

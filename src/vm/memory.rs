@@ -14,7 +14,7 @@ use vm_memory::{
 
 use crate::arch::x86_64::memory_map::ram_ranges;
 use crate::config::{Backing, HugePages, MemoryConfig, Size};
-use crate::sys::mapping::Mapping;
+use crate::sys::mapping::{self, Mapping};
 
 const PAGE: u64 = 4096;
 const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
@@ -163,7 +163,18 @@ impl Memory {
         file.seek(SeekFrom::Start(offset)).map_err(LoadError::Read)?;
         let len =
             usize::try_from(len).map_err(|_| GuestMemoryError::InvalidGuestAddress(GuestAddress(at)))?;
-        Ok(self.0.guest.read_exact_volatile_from(GuestAddress(at), &mut file, len)?)
+        self.0.guest.read_exact_volatile_from(GuestAddress(at), &mut file, len).map_err(|e| match e {
+            GuestMemoryError::IOError(source) => LoadError::Read(source),
+            other => other.into(),
+        })
+    }
+
+    /// Reads through the kernel, which answers with an error where a mapped file has been cut short; touching such a
+    /// page would end the process (SIGBUS). Not for what is read often.
+    #[must_use]
+    pub fn peek(&self, at: GuestAddress, bytes: &mut [u8]) -> Option<()> {
+        let slice = self.0.guest.get_slice(at, bytes.len()).ok()?;
+        mapping::peek(slice.ptr_guard().as_ptr(), bytes).ok()
     }
 
     /// Files can be mapped over private memory of ordinary pages.

@@ -1,8 +1,8 @@
 //! Kernel and initramfs: from their paths into guest memory.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -105,6 +105,13 @@ impl<'a> BootFiles<'a> {
         Ok(Self { config, kernel, initrd, image })
     }
 
+    /// Whether the file of this metadata is one of them.
+    pub fn contain(&self, metadata: &Metadata) -> bool {
+        let id = |m: &Metadata| (m.dev(), m.ino());
+        let files = [Some(&self.kernel), self.initrd.as_ref().map(|(file, ..)| file)];
+        files.into_iter().flatten().any(|file| file.metadata().is_ok_and(|m| id(&m) == id(metadata)))
+    }
+
     /// Puts both into guest memory, and says where the initramfs is.
     ///
     /// # Errors
@@ -151,7 +158,7 @@ fn log_loaded(what: &str, address: u64, loaded: Loaded) {
 }
 
 fn does_not_fit(flag: &'static str, path: &Path, needed: u64, have: Size) -> BootFileError {
-    let needed = Size::mib(needed.div_ceil(1 << 20));
+    let needed = Size(needed.checked_next_multiple_of(1 << 20).unwrap_or(u64::MAX));
     BootFileError::DoesNotFit { flag, path: path.into(), needed, have }
 }
 

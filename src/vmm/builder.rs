@@ -90,7 +90,6 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let serial = config.serial != Serial::Null;
     let cmdline = command_line(&config.kernel, serial, config.cpus)?;
     let files = BootFiles::open(&config.kernel)?;
-    let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
 
     let host = HostKvm::open(kvm_device)?;
     if !host.tier().is_hardware() && !config.allow_software_kvm {
@@ -111,8 +110,10 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     write_tables(config, &memory, &files.image, initrd, cmdline_bytes(&cmdline)?.len() - 1)?;
     timeline.mark(Phase::Tables);
 
+    // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
+    let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
     let mut ports = Bus::default();
-    let console = Console::new(&config.serial, &vm, &mut ports)?;
+    let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
     add_platform_devices(&mut ports, config)?;
     let space = AddressSpace { ports, devices: Bus::default(), memory: memory.clone() };
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;

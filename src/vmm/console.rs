@@ -1,11 +1,15 @@
 //! The host's end of the serial port: standard input and output, or a file.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -19,6 +23,7 @@ use crate::devices::legacy::{ConsoleOutput, SerialInput, serial_port};
 use crate::sys::terminal::{RawMode, Stdin, stdin_kind};
 use crate::vm::{KvmError, Vm};
 
+use super::boot_files::BootFiles;
 use super::builder::new_event;
 use super::end::End;
 use super::run::EndSlot;
@@ -35,7 +40,13 @@ pub enum ConsoleError {
         #[source]
         source: io::Error,
     },
-    /// A descriptor.
+    /// A FIFO without a reader.
+    #[error("--serial file={0} is a FIFO that no process reads: start its reader first")]
+    NoReader(PathBuf),
+    /// Printing would overwrite what is booted.
+    #[error("--serial file={0} is the kernel or the initramfs: give another path")]
+    BootFile(PathBuf),
+    /// A descriptor or a thread.
     #[error("the console cannot be set up")]
     Io(#[from] io::Error),
     /// The interrupt.
@@ -48,17 +59,18 @@ pub enum ConsoleError {
 
 /// `Ctrl-A`: the next key is for microvm.
 const ESCAPE: u8 = 1;
-/// Writes of at most this many bytes do not block where `poll` has said that a pipe has room (POSIX `PIPE_BUF`).
-const CHUNK: usize = 4096;
+/// Keys that wait for a guest which does not read; more are dropped, so that `Ctrl-A x` is always seen.
+const MAX_PENDING_KEYS: usize = 4096;
 /// How long the last output may take to get out after the guest's end.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// Ample for a loop around `write`.
+const STACK: usize = 64 << 10;
 
 /// The host's end of the serial port.
 pub struct Console {
     output: Arc<ConsoleOutput>,
-    out: Option<File>,
-    unwritten: Vec<u8>,
-    out_blocked: bool,
+    /// Disconnected once all output is written.
+    written: Receiver<Infallible>,
     input: Option<Input>,
     terminal: Option<RawMode>,
 }
@@ -78,16 +90,19 @@ impl Console {
     /// Puts COM1 on the bus and connects it. `None` where the guest has no serial port.
     ///
     /// # Errors
-    /// The output file cannot be written, or a descriptor is missing.
-    pub fn new(config: &Serial, vm: &Vm, ports: &mut Bus) -> Result<Option<Self>, ConsoleError> {
+    /// The output file cannot be written or is one of the VM's own, or a descriptor is missing.
+    pub fn new(
+        config: &Serial,
+        files: &BootFiles,
+        vm: &Vm,
+        ports: &mut Bus,
+    ) -> Result<Option<Self>, ConsoleError> {
         let out = match config {
             Serial::Null => return Ok(None),
             Serial::Stdio => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            Serial::File(path) => {
-                File::create(path).map_err(|source| ConsoleError::File { path: path.clone(), source })?
-            }
+            Serial::File(path) => open_output(path, files)?,
         };
-        let output = Arc::new(ConsoleOutput::new()?);
+        let output = Arc::new(ConsoleOutput::default());
         let drained = new_event()?;
         let (port, serial_input) = serial_port(vm.irqfd(SERIAL_GSI)?, output.clone(), drained.clone());
         ports.insert("COM1", SERIAL_PORT.into(), SERIAL_LEN.into(), Arc::new(Mutex::new(port)))?;
@@ -108,14 +123,8 @@ impl Console {
                 watching: false,
             }),
         };
-        Ok(Some(Self {
-            output,
-            out: Some(out),
-            unwritten: Vec::new(),
-            out_blocked: false,
-            input,
-            terminal: None,
-        }))
+        let written = start_writer(output.clone(), out)?;
+        Ok(Some(Self { output, written, input, terminal: None }))
     }
 
     /// Makes the terminal raw. Last of all, so that an error before it finds the terminal as it was.
@@ -135,68 +144,81 @@ impl Console {
         self.output.clone()
     }
 
-    /// Writes the rest after the guest's end, unless nobody reads it within a second, and gives the terminal back.
-    pub fn finish(mut self) {
-        self.unwritten.extend(self.output.take());
-        let deadline = Instant::now() + LAST_OUTPUT;
-        while !self.unwritten.is_empty() && self.ready(deadline.saturating_duration_since(Instant::now())) {
-            self.write_chunk();
-        }
-    }
-
-    /// Whether a chunk can be written now.
-    fn ready(&self, timeout: Duration) -> bool {
-        let Some(out) = &self.out else { return true };
-        let timeout = Timespec::try_from(timeout).ok();
-        poll(&mut [PollFd::new(out, PollFlags::OUT)], timeout.as_ref()).is_ok_and(|n| n > 0)
-    }
-
-    /// Writes one chunk. Where nobody reads any more, output is dropped and the guest goes on.
-    fn write_chunk(&mut self) {
-        let part = self.unwritten.len().min(CHUNK);
-        let Some(out) = &mut self.out else { return self.unwritten.clear() };
-        match out.write(&self.unwritten[..part]) {
-            Ok(n) => drop(self.unwritten.drain(..n)),
-            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(e) => {
-                log::warn!("the console's output cannot be written ({e}): dropped from here on");
-                self.out = None;
-            }
+    /// Waits until the rest is written after the guest's end, unless nobody reads it within a second, and gives the
+    /// terminal back.
+    pub fn finish(self) {
+        self.output.close();
+        if self.written.recv_timeout(LAST_OUTPUT) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("nobody read the end of the console's output within {LAST_OUTPUT:?}: dropped");
         }
     }
 }
 
-/// The console's part in the event loop.
+/// Opens the file that the serial port prints to, and empties it.
+fn open_output(path: &Path, files: &BootFiles) -> Result<File, ConsoleError> {
+    let failed = |source: io::Error| match source.raw_os_error() {
+        Some(libc::ENXIO) => ConsoleError::NoReader(path.into()),
+        _ => ConsoleError::File { path: path.into(), source },
+    };
+    // Not emptied before it is known to be no boot file. Opening a FIFO that nobody reads fails instead of waiting.
+    let mut options = File::options();
+    options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if files.contain(&metadata) {
+        return Err(ConsoleError::BootFile(path.into()));
+    }
+    if metadata.is_file() {
+        file.set_len(0).map_err(failed)?;
+    }
+    Ok(file)
+}
+
+/// Writes output in a thread of its own: a write may block for as long as a reader stalls (a terminal does so even
+/// where `poll` says that it has room), and neither the event loop nor the VM's end may wait for that.
+fn start_writer(output: Arc<ConsoleOutput>, out: File) -> io::Result<Receiver<Infallible>> {
+    let (writing, written) = mpsc::channel();
+    thread::Builder::new().name("console".into()).stack_size(STACK).spawn(move || {
+        while let Some(bytes) = output.take() {
+            if let Err(e) = write_all(&out, &bytes) {
+                log::warn!("the console's output cannot be written ({e}): dropped from here on");
+                output.close();
+            }
+        }
+        drop(writing);
+    })?;
+    Ok(written)
+}
+
+/// As [`Write::write_all`], also where whoever shares the descriptor with us made it non-blocking.
+fn write_all(mut out: &File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match out.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(&out, PollFlags::OUT)], None)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// The console's part in the event loop: its input.
 pub(super) struct ConsoleEvents {
     pub console: Console,
     pub end: EndSlot,
 }
 
 impl ConsoleEvents {
-    /// Writes what can be written without blocking; waits for the reader with the rest.
-    fn write_out(&mut self, ops: &mut EventOps) {
-        let console = &mut self.console;
-        // What is still unwritten stays here, and the buffer behind it fills up: that makes the guest wait.
-        if console.unwritten.is_empty() {
-            console.unwritten = console.output.take();
-        }
-        while !console.unwritten.is_empty() && console.ready(Duration::ZERO) {
-            console.write_chunk();
-            if console.unwritten.is_empty() {
-                console.unwritten = console.output.take();
-            }
-        }
-        let blocked = !console.unwritten.is_empty();
-        if let (true, Some(out)) = (blocked != console.out_blocked, &console.out) {
-            let event = Events::new(out, EventSet::OUT);
-            // A file cannot be watched, and need not: it is always ready.
-            let _ = if blocked { ops.add(event) } else { ops.remove(event) };
-            console.out_blocked = blocked;
-        }
-    }
-
     fn read_in(&mut self, ops: &mut EventOps) {
         let Some(input) = &mut self.console.input else { return };
+        // Another process that shares the descriptor may have been faster; a read would then block.
+        if !input.is_ready() {
+            return;
+        }
         let mut buffer = [0; 256];
         match input.stdin.read(&mut buffer) {
             // The end of input: the guest's line just stays silent.
@@ -227,18 +249,24 @@ impl Input {
             match (std::mem::take(&mut self.escaped), *key) {
                 (true, b'x' | b'X') => return true,
                 (false, ESCAPE) => self.escaped = true,
-                (_, key) => self.pending.push(key),
+                (_, key) if self.pending.len() < MAX_PENDING_KEYS => self.pending.push(key),
+                _ => {}
             }
         }
         false
     }
 
-    /// Gives the guest what its FIFO takes, and reads on only when all is given: standard input is not taken in
-    /// faster than the guest reads.
+    /// Gives the guest what its FIFO takes. A file is read on only when all is given, so it is not taken in faster
+    /// than the guest reads; a terminal always is, so that the user can leave.
     fn feed(&mut self, ops: &mut EventOps) {
         let sent = self.port.send(&self.pending);
         self.pending.drain(..sent);
-        self.watch(ops, self.pending.is_empty());
+        self.watch(ops, self.escapes || self.pending.is_empty());
+    }
+
+    fn is_ready(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.stdin, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
     }
 
     fn watch(&mut self, ops: &mut EventOps, on: bool) {
@@ -256,38 +284,26 @@ impl Input {
 
 impl MutEventSubscriber for ConsoleEvents {
     fn init(&mut self, ops: &mut EventOps) {
-        let mut add = |fd: RawFd| {
-            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                log::error!("the console cannot be watched: {e:?}");
-            }
-        };
-        add(self.console.output.timer_fd());
-        if let Some(input) = &self.console.input {
-            add(input.drained.as_raw_fd());
+        let Some(input) = &mut self.console.input else { return };
+        if let Err(e) = ops.add(Events::new_raw(input.drained.as_raw_fd(), EventSet::IN)) {
+            log::error!("the console cannot be watched: {e:?}");
         }
-        if let Some(input) = &mut self.console.input {
-            input.watch(ops, true);
-            if !input.watching {
-                self.read_in(ops);
-            }
+        input.watch(ops, true);
+        if !input.watching {
+            self.read_in(ops);
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let fd = events.fd();
-        if fd == self.console.output.timer_fd() {
-            self.console.output.timer_expired();
-            self.write_out(ops);
-        } else if let Some(input) = self.console.input.as_mut().filter(|i| i.drained.as_raw_fd() == fd) {
+        let Some(input) = &mut self.console.input else { return };
+        if events.fd() == input.stdin.as_raw_fd() {
+            self.read_in(ops);
+        } else if events.fd() == input.drained.as_raw_fd() {
             let _ = input.drained.read();
             input.feed(ops);
             if input.pending.is_empty() && !input.watching {
                 self.read_in(ops);
             }
-        } else if self.console.out.as_ref().is_some_and(|out| out.as_raw_fd() == fd) {
-            self.write_out(ops);
-        } else {
-            self.read_in(ops);
         }
     }
 }

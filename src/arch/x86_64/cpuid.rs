@@ -44,7 +44,9 @@ pub fn vcpu_cpuid(supported: &CpuId, config: CpuidConfig) -> Result<CpuId, TooMa
         leaves.extend(topology(function, config));
     }
     if let Some(tsc_khz) = config.tsc_khz {
-        add_timing(&mut leaves, highest, tsc_khz);
+        // Without the TSC-deadline mode a guest may take the APIC timer's frequency for leaf 0x15's crystal, which is
+        // the TSC's here: it then measures both instead.
+        add_timing(&mut leaves, if config.tsc_deadline { highest } else { 0 }, tsc_khz);
     }
     CpuId::from_entries(&leaves).map_err(|_| TooManyLeaves)
 }

@@ -6,11 +6,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use super::image::Entry;
 use super::layout::{GDT, PAGE_TABLES, PVH_START_INFO, RESET_VECTOR, ZERO_PAGE};
 
-/// Segment descriptors of a flat memory model: null, 64-bit code, data, 32-bit code (Intel SDM, 3.4.5).
-const GDT_ENTRIES: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_9b00_0000_ffff];
-const CODE64: u16 = 1;
-const DATA: u16 = 2;
-const CODE32: u16 = 3;
+/// Segment descriptors of a flat memory model (Intel SDM, 3.4.5): null, 32-bit code, and 64-bit code and data at the
+/// selectors that the boot protocol names, `__BOOT_CS` 0x10 and `__BOOT_DS` 0x18.
+const GDT_ENTRIES: [u64; 4] = [0, 0x00cf_9b00_0000_ffff, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const CODE32: u16 = 1;
+const CODE64: u16 = 2;
+const DATA: u16 = 3;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -123,8 +124,8 @@ mod tests {
     #[test]
     fn segments_are_what_the_protocols_ask_for() {
         let (code64, data, code32) = (segment(CODE64), segment(DATA), segment(CODE32));
-        assert_eq!((code64.l, code64.db, code64.type_, code64.selector), (1, 0, 0xb, 8));
-        assert_eq!((code32.l, code32.db, code32.type_, code32.selector), (0, 1, 0xb, 24));
+        assert_eq!((code64.l, code64.db, code64.type_, code64.selector), (1, 0, 0xb, 0x10));
+        assert_eq!((code32.l, code32.db, code32.type_, code32.selector), (0, 1, 0xb, 8));
         assert_eq!((data.type_, data.s, data.present, data.g), (3, 1, 1, 1));
     }
 

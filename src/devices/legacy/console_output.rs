@@ -1,25 +1,23 @@
 //! What the guest has printed and nobody has written out yet.
 //!
-//! A vCPU puts bytes in; the event loop takes them out a few milliseconds later, many at a time. The buffer is
+//! A vCPU puts bytes in; a thread of its own takes them out a few milliseconds later, many at a time. The buffer is
 //! bounded: where the host's reader is slow, the guest waits, as it would for a slow UART.
 
 use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use vmm_sys_util::timerfd::TimerFd;
-
 /// The guest waits when this much is unwritten.
 const CAPACITY: usize = 64 << 10;
 /// How long output may lie: unnoticed by a person, and long enough to gather a line.
 const DELAY: Duration = Duration::from_millis(3);
 
-/// A bounded buffer with a timer that says when to empty it.
+/// A bounded buffer between the vCPUs and whoever writes out what they print.
+#[derive(Default)]
 pub struct ConsoleOutput {
     state: Mutex<State>,
     space: Condvar,
-    /// Expires when there is something to take.
-    timer: Mutex<TimerFd>,
+    filled: Condvar,
 }
 
 #[derive(Default)]
@@ -28,44 +26,36 @@ struct State {
     closed: bool,
 }
 
+impl State {
+    fn is_full(&self) -> bool {
+        self.bytes.len() >= CAPACITY
+    }
+}
+
 impl ConsoleOutput {
-    /// An empty buffer.
-    ///
-    /// # Errors
-    /// No descriptor is left for the timer.
-    pub fn new() -> io::Result<Self> {
-        let timer = TimerFd::new().map_err(io::Error::from)?;
-        Ok(Self { state: Mutex::default(), space: Condvar::new(), timer: Mutex::new(timer) })
-    }
-
-    /// The descriptor that turns readable when there is something to take.
-    pub fn timer_fd(&self) -> std::os::fd::RawFd {
-        use std::os::fd::AsRawFd;
-        self.timer.lock().unwrap_or_else(PoisonError::into_inner).as_raw_fd()
-    }
-
-    /// To be called when the timer's descriptor is readable; it is not any more afterwards.
-    pub fn timer_expired(&self) {
-        // Only the loop waits on it, and only after it has expired: this does not block.
-        let _ = self.timer.lock().unwrap_or_else(PoisonError::into_inner).wait();
-    }
-
-    /// Takes everything that is there.
-    pub fn take(&self) -> Vec<u8> {
-        let bytes = std::mem::take(&mut self.lock().bytes);
+    /// Waits until there is something, gathers what follows closely, and takes it all. `None`: closed, and all taken.
+    pub fn take(&self) -> Option<Vec<u8>> {
+        let waiting = |s: &mut State| s.bytes.is_empty() && !s.closed;
+        let state = self.filled.wait_while(self.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
+        let gathering = |s: &mut State| !s.is_full() && !s.closed;
+        let gathered = self.filled.wait_timeout_while(state, DELAY, gathering);
+        let mut state = gathered.unwrap_or_else(PoisonError::into_inner).0;
+        let bytes = std::mem::take(&mut state.bytes);
+        drop(state);
         self.space.notify_all();
-        bytes
+        (!bytes.is_empty()).then_some(bytes)
     }
 
-    /// From now on bytes are dropped, and no vCPU waits.
+    /// From now on bytes are dropped, and neither a vCPU nor the taker waits.
     pub fn close(&self) {
         self.lock().closed = true;
         self.space.notify_all();
+        self.filled.notify_all();
     }
 
-    /// Waits until there is room. The caller must hold no lock that the event loop takes: it is what makes room.
+    /// Waits until there is room. The caller must hold no lock that stands between the taker and the buffer.
     pub fn wait_for_room(&self) {
-        let full = |s: &mut State| s.bytes.len() >= CAPACITY && !s.closed;
+        let full = |s: &mut State| s.is_full() && !s.closed;
         drop(self.space.wait_while(self.lock(), full));
     }
 
@@ -77,12 +67,11 @@ impl ConsoleOutput {
         }
         let first = state.bytes.is_empty();
         state.bytes.extend_from_slice(bytes);
+        let wake = first || state.is_full();
         drop(state);
-        if first {
-            let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(e) = timer.reset(DELAY, None) {
-                log::error!("the console's timer cannot be set: {e}");
-            }
+        // In between the taker is gathering, with a time limit.
+        if wake {
+            self.filled.notify_all();
         }
     }
 
@@ -112,7 +101,7 @@ mod tests {
 
     /// A full buffer, and a vCPU that waits for room in it.
     fn full_with_writer() -> (Arc<ConsoleOutput>, thread::JoinHandle<()>) {
-        let output = Arc::new(ConsoleOutput::new().unwrap());
+        let output = Arc::new(ConsoleOutput::default());
         output.push(&vec![1; CAPACITY]);
         let writer = output.clone();
         let thread = thread::spawn(move || {
@@ -125,9 +114,9 @@ mod tests {
     #[test]
     fn a_full_buffer_waits_for_room() {
         let (output, writer) = full_with_writer();
-        assert_eq!(output.take().len(), CAPACITY);
+        assert_eq!(output.take().unwrap().len(), CAPACITY);
         writer.join().unwrap();
-        assert_eq!(output.take(), b"late");
+        assert_eq!(output.take().unwrap(), b"late");
     }
 
     #[test]
@@ -135,6 +124,7 @@ mod tests {
         let (output, writer) = full_with_writer();
         output.close();
         writer.join().unwrap();
-        assert_eq!(output.take().len(), CAPACITY, "what comes after the end is dropped");
+        assert_eq!(output.take().unwrap().len(), CAPACITY, "what comes after the end is dropped");
+        assert!(output.take().is_none(), "a closed and empty buffer ends its taker");
     }
 }

@@ -53,7 +53,11 @@ type Uart = Arc<Mutex<Serial<Interrupt, Events, Output>>>;
 pub struct SerialPort {
     uart: Uart,
     output: Arc<ConsoleOutput>,
+    drained: Arc<EventFd>,
 }
+
+/// The modem control register. Its loopback bit keeps input out.
+const MODEM_CONTROL: u64 = 4;
 
 /// The end of COM1 that a host's keyboard is plugged into.
 pub struct SerialInput(Uart);
@@ -65,9 +69,9 @@ pub fn serial_port(
     output: Arc<ConsoleOutput>,
     drained: Arc<EventFd>,
 ) -> (SerialPort, SerialInput) {
-    let uart = Serial::with_events(Interrupt(interrupt), Events(drained), Output(output.clone()));
+    let uart = Serial::with_events(Interrupt(interrupt), Events(drained.clone()), Output(output.clone()));
     let uart = Arc::new(Mutex::new(uart));
-    (SerialPort { uart: uart.clone(), output }, SerialInput(uart))
+    (SerialPort { uart: uart.clone(), output, drained }, SerialInput(uart))
 }
 
 impl SerialInput {
@@ -87,11 +91,15 @@ impl BusDevice for SerialPort {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
-        // Without the UART's lock: the event loop takes it for input, and it alone makes room.
+        // Without the UART's lock: the event loop takes it for input, and must not wait for the reader of our output.
         self.output.wait_for_room();
         if let [byte] = data {
             // An interrupt that cannot be raised is the host's trouble; the guest must not fill the log with it.
             let _ = lock(&self.uart).write(offset as u8, *byte);
+        }
+        if offset == MODEM_CONTROL {
+            // Input that the loopback kept out can come now, and no read of data will say so.
+            let _ = self.drained.write(1);
         }
         Action::None
     }
@@ -107,7 +115,7 @@ mod tests {
 
     fn port() -> (SerialPort, SerialInput, Arc<ConsoleOutput>, Arc<EventFd>) {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let (output, drained) = (Arc::new(ConsoleOutput::new().unwrap()), Arc::new(event()));
+        let (output, drained) = (Arc::new(ConsoleOutput::default()), Arc::new(event()));
         let (port, input) = serial_port(event(), output.clone(), drained.clone());
         (port, input, output, drained)
     }
@@ -119,7 +127,19 @@ mod tests {
             assert_eq!(port.write(0, &vec![b'x'; width]), Action::None);
             port.read(0, &mut vec![0; width]);
         }
-        assert!(output.take().is_empty());
+        output.close();
+        assert!(output.take().is_none());
+    }
+
+    #[test]
+    fn leaving_the_loopback_asks_for_input() {
+        let (mut port, input, _, drained) = port();
+        port.write(MODEM_CONTROL, &[0x10]);
+        assert_eq!(input.send(b"k"), 0);
+        drained.read().unwrap();
+        port.write(MODEM_CONTROL, &[0]);
+        assert_eq!(drained.read().unwrap(), 1);
+        assert_eq!(input.send(b"k"), 1);
     }
 
     #[test]
