@@ -8,27 +8,30 @@
 # stays small and several checkouts share one copy. A result is made under a temporary name and renamed when
 # it is whole: an interrupted script leaves nothing that a later run would take for finished.
 
-MICROVM_CACHE="${MICROVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/microvm}"
-case "$MICROVM_CACHE" in
-    /*) ;;
-    *) MICROVM_CACHE="$PWD/$MICROVM_CACHE" ;;
-esac
-export MICROVM_CACHE
-
 # die MESSAGE…: one line on standard error, "script: message", and exit status 1.
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
 }
 
+MICROVM_CACHE="${MICROVM_CACHE:-${XDG_CACHE_HOME:-${HOME:+$HOME/.cache}}/microvm}"
+case "$MICROVM_CACHE" in
+    /microvm) die "there is no HOME: set MICROVM_CACHE to a folder for what the scripts fetch" ;;
+    /*) export MICROVM_CACHE ;;
+    # A relative one would mean another folder in each script.
+    *) die "MICROVM_CACHE is $MICROVM_CACHE: give an absolute path" ;;
+esac
+
 # note MESSAGE…: one line of progress on standard error.
 note() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
 }
 
-# usage: prints the header comment of the running script (from line 2 to the first line that is no comment).
+# usage: prints the header comment of $script, which each script with flags sets to its own path (from line 2 to the
+# first line that is no comment).
 usage() {
-    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
+    # shellcheck disable=SC2154 # set by the caller
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$script"
 }
 
 # as_root COMMAND…: runs it as root, with sudo where needed.
@@ -87,31 +90,33 @@ ensure_packages() {
 }
 
 # fetch_deb NAME[=VERSION] DIR: unpacks the package's files under DIR without installing it. DIR belongs to
-# this one package; where it already exists nothing is done (remove it to fetch anew).
-fetch_deb() {
-    local package=$1 dir=$2 tmp
+# this one package; where it already exists nothing is done (remove it to fetch anew). In a subshell, for its trap:
+# an interrupted run leaves nothing.
+fetch_deb() (
+    package=$1 dir=$2
     [ ! -d "$dir" ] || return 0
     mkdir -p "$(dirname "$dir")"
     tmp=$(mktemp -d "$dir.XXXXXX")
+    trap 'rm -rf "$tmp"' EXIT
+    trap 'exit 130' INT TERM HUP
     [ -n "$(apt_candidate "${package%%=*}")" ] || apt_update
     if ! (cd "$tmp" && apt_logged apt-get -q download "$package" 2>/dev/null); then
         apt_update
         (cd "$tmp" && apt_logged apt-get -q download "$package") ||
-            { rm -rf "$tmp"; die "cannot download the Debian package $package: see the lines above"; }
+            die "cannot download the Debian package $package: see the lines above"
     fi
     mkdir "$tmp/root"
-    dpkg -x "$tmp"/*.deb "$tmp/root" || { rm -rf "$tmp"; die "cannot unpack the Debian package $package"; }
+    dpkg -x "$tmp"/*.deb "$tmp/root" || die "cannot unpack the Debian package $package"
     # A second run may have made DIR meanwhile; then its copy stays.
     mv -T "$tmp/root" "$dir" 2>/dev/null || [ -d "$dir" ] || die "cannot create $dir"
-    rm -rf "$tmp"
-}
+)
 
 # lock NAME: waits until no other run holds NAME and holds it until `unlock NAME` or the end of the script.
 # Programs started meanwhile inherit it: unlock before starting one that outlives the work.
 declare -A MICROVM_LOCKS=()
 lock() {
     local fd
-    mkdir -p "$MICROVM_CACHE/locks" || die "cannot write to the cache folder $MICROVM_CACHE: set MICROVM_CACHE"
+    mkdir -p "$MICROVM_CACHE/locks" 2>/dev/null || die "cannot write to the cache folder $MICROVM_CACHE: set MICROVM_CACHE"
     exec {fd}>"$MICROVM_CACHE/locks/$1" || die "cannot open $MICROVM_CACHE/locks/$1"
     if ! flock -n "$fd"; then
         note "waiting for another run that holds the lock $1"

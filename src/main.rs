@@ -1,8 +1,9 @@
 //! `microvm`: parse the command line, run the subcommand, print the error chain, choose the exit status.
 
+use std::io;
 use std::process::ExitCode;
 
-use microvm::cli;
+use microvm::cli::{self, CliError};
 use microvm::metrics::Clock;
 use microvm::sys::signals;
 
@@ -13,6 +14,8 @@ fn main() -> ExitCode {
     signals::ignore(libc::SIGXFSZ);
     match cli::run(clock) {
         Ok(status) => ExitCode::from(status),
+        // Nobody reads any more, as behind `| head`.
+        Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(1),
         Err(error) => {
             cli::say(&cli::chain(&error));
             ExitCode::from(error.exit_status())

@@ -227,6 +227,45 @@ fn json_that_is_wrong() {
 }
 
 #[test]
+fn control_characters_stay_out_of_errors() {
+    let host = Host::new();
+    let output = host.boot(Path::new("no\nsuch\u{1b}[31m"), &[]).output().unwrap();
+    assert_fails(&output, 1, &["--kernel no\\nsuch\\u{1b}[31m"]);
+}
+
+#[test]
+fn empty_paths_in_json() {
+    let host = Host::new();
+    for (json, words) in [
+        (r#"{"kernel": {"path": ""}}"#, "kernel.path"),
+        (r#"{"kernel": {"path": "k"}, "serial": {"file": ""}}"#, "serial.file"),
+    ] {
+        host.file("vm.json", json.as_bytes());
+        assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);
+    }
+}
+
+#[test]
+fn a_path_that_json_cannot_hold() {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::OsStr::from_bytes(b"bad\xff");
+    let host = Host::new();
+    let output =
+        host.microvm(["boot".as_ref(), "--print-config".as_ref(), "--kernel".as_ref(), path]).output();
+    assert_fails(&output.unwrap(), 2, &["--print-config", "JSON"]);
+}
+
+#[test]
+fn a_failed_start_leaves_no_output_file() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let before = host.files();
+    let flags = ["--serial", "file=log", "--exit-code-port", "0x64"];
+    assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["--exit-code-port"]);
+    assert_eq!(host.files(), before);
+}
+
+#[test]
 fn usage_that_is_wrong() {
     let host = Host::new();
     let kernel = host.kernel(&power_off());
@@ -235,6 +274,8 @@ fn usage_that_is_wrong() {
         (&["--serial", "tcp"], &["--serial"]),
         (&["--timeout", "soon"], &["--timeout"]),
         (&["--timeout", "0s"], &["--timeout"]),
+        (&["--timeout", "1M"], &["--timeout", "months"]),
+        (&["--exit-code-port", "0x+4"], &["--exit-code-port"]),
         (&["--timeout", "580000000000y"], &["--timeout", "longer than a year"]),
         (&["--load", "lazy"], &["--load", "auto, map and copy"]),
         (&["--exit-code-port", "70000"], &["--exit-code-port"]),

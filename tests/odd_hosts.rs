@@ -46,7 +46,8 @@ fn terminal() -> (File, OwnedFd) {
     let (mut ours, mut theirs) = (-1, -1);
     let name = std::ptr::null_mut();
     // SAFETY: both integers are valid for writing; the name, mode and size are not asked for.
-    let failed = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, std::ptr::null(), std::ptr::null()) };
+    let failed =
+        unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, std::ptr::null(), std::ptr::null()) };
     assert_eq!(failed, 0);
     // SAFETY: open, new, and owned by nobody else.
     let ours = unsafe { File::from_raw_fd(ours) };

@@ -1,11 +1,14 @@
 //! `microvm boot`: flags to a [`VmConfig`].
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::config::{Load, MemoryConfig, Serial, VmConfig};
@@ -64,10 +67,10 @@ pub struct BootArgs {
     #[arg(long, value_name = "SIZE[,OPTION…]")]
     memory: Option<MemoryConfig>,
     /// The first serial port: stdio, null (none at all), or file=PATH [default: stdio]
-    #[arg(long, value_name = "WHERE", value_parser = parse_serial)]
+    #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| parse_serial(&text)))]
     serial: Option<Serial>,
     /// End the VM after this long, as 500ms, 30s or 2m
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
     timeout: Option<Duration>,
     /// An I/O port on which the guest ends the VM with an exit status of 0 to 127, as 0xf4
     #[arg(long, value_name = "PORT", value_parser = parse_port)]
@@ -98,11 +101,13 @@ enum Format {
     Json,
 }
 
-fn parse_serial(text: &str) -> Result<Serial, String> {
-    match text.split_once('=') {
-        None if text == "stdio" => Ok(Serial::Stdio),
-        None if text == "null" => Ok(Serial::Null),
-        Some(("file", path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+fn parse_serial(text: &OsStr) -> Result<Serial, String> {
+    match text.as_bytes() {
+        b"stdio" => Ok(Serial::Stdio),
+        b"null" => Ok(Serial::Null),
+        [b'f', b'i', b'l', b'e', b'=', path @ ..] if !path.is_empty() => {
+            Ok(Serial::File(OsStr::from_bytes(path).into()))
+        }
         _ => Err("allowed are stdio, null and file=PATH".into()),
     }
 }
@@ -117,11 +122,20 @@ fn parse_load(text: &str) -> Result<Load, String> {
 }
 
 fn parse_port(text: &str) -> Result<u16, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u16::from_str_radix(hex, 16),
-        None => text.parse(),
+    let (digits, radix) = match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
+        Some(hex) => (hex, 16),
+        None => (text, 10),
     };
-    parsed.map_err(|_| "a port is a number from 0 to 0xffff".into())
+    // Rust would take a sign.
+    let parsed = u16::from_str_radix(digits, radix).ok().filter(|_| !digits.starts_with('+'));
+    parsed.ok_or_else(|| "a port is a number from 0 to 0xffff".into())
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(_) if text.contains('M') => Err("M would be months: write 1m for a minute".into()),
+        other => other.map_err(|e| e.to_string()),
+    }
 }
 
 /// Boots, and says how it ended.
@@ -131,7 +145,10 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     let config = into_config(args)?;
     if print {
         config.validate().map_err(vmm::BuildError::from)?;
-        let text = serde_json::to_string_pretty(&config).map_err(io::Error::from)?;
+        // The one thing that JSON cannot hold.
+        let no_json =
+            |e| CliError::Usage(format!("--print-config: a path of this VM cannot be written as JSON: {e}"));
+        let text = serde_json::to_string_pretty(&config).map_err(no_json)?;
         writeln!(io::stdout(), "{text}")?;
         return Ok(0);
     }

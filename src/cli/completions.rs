@@ -1,6 +1,6 @@
 //! `microvm completions`: what a shell needs to complete our flags.
 
-use std::io;
+use std::io::{self, Write};
 
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
@@ -20,6 +20,9 @@ pub struct CompletionsArgs {
 }
 
 pub(super) fn run(args: &CompletionsArgs) -> Result<u8, CliError> {
-    clap_complete::generate(args.shell, &mut Cli::command(), "microvm", &mut io::stdout());
+    // Into memory first: clap_complete panics where its output fails.
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "microvm", &mut text);
+    io::stdout().write_all(&text)?;
     Ok(0)
 }

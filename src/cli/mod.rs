@@ -114,7 +114,11 @@ pub fn say(line: &str) {
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(Some(error), |e| e.source());
-    sources.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let line = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    // A path or a JSON key may hold line breaks and a terminal's control codes.
+    line.chars()
+        .map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() })
+        .collect()
 }
 
 /// Parses the command line and runs the subcommand.

@@ -1,8 +1,9 @@
 //! Guest memory: how much, and what stands behind it.
 
+use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use thiserror::Error;
 
 use super::ConfigError;
@@ -15,18 +16,15 @@ pub(super) const MAX_SIZE: Size = Size::mib(4 << 20);
 const DEFAULT_SIZE: Size = Size::mib(256);
 const PAGE_SIZE: Size = Size(4096);
 
-/// Guest memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// Guest memory. In JSON also the text that `--memory` takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryConfig {
     /// How much.
-    #[serde(default = "default_size")]
     pub size: Size,
     /// What it is mapped from.
-    #[serde(default)]
     pub backing: Backing,
     /// Huge pages from the host's pool, or none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<HugePages>,
 }
 
@@ -115,6 +113,36 @@ impl FromStr for MemoryConfig {
     }
 }
 
+impl<'de> Deserialize<'de> for MemoryConfig {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Fields {
+            #[serde(default = "default_size")]
+            size: Size,
+            #[serde(default)]
+            backing: Backing,
+            hugepages: Option<HugePages>,
+        }
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = MemoryConfig;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("memory as in \"1G,hugepages=2M\", or an object with size, backing and hugepages")
+            }
+            fn visit_str<E: de::Error>(self, v: &str) -> Result<MemoryConfig, E> {
+                v.parse().map_err(E::custom)
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<MemoryConfig, A::Error> {
+                let Fields { size, backing, hugepages } =
+                    Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                Ok(MemoryConfig { size, backing, hugepages })
+            }
+        }
+        d.deserialize_any(Visitor)
+    }
+}
+
 fn default_size() -> Size {
     DEFAULT_SIZE
 }
@@ -137,6 +165,14 @@ mod tests {
         for good in ["2M", "128M", "3G", "3584M", "4G", "1G,hugepages=1G"] {
             check(good).unwrap();
         }
+    }
+
+    #[test]
+    fn json_takes_the_flags_text() {
+        let json: MemoryConfig = serde_json::from_str("\"1G,backing=memfd\"").unwrap();
+        assert_eq!(json, "1G,backing=memfd".parse().unwrap());
+        let error = serde_json::from_str::<MemoryConfig>("7").unwrap_err().to_string();
+        assert!(error.contains("1G,hugepages=2M"), "{error}");
     }
 
     #[test]

@@ -96,6 +96,15 @@ pub enum Serial {
     File(PathBuf),
 }
 
+impl Serial {
+    fn path(&self) -> Option<&PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Stdio | Self::Null => None,
+        }
+    }
+}
+
 /// What is wrong with a configuration that was read without error.
 #[derive(Debug, Error)]
 pub enum ConfigError {
@@ -111,6 +120,9 @@ pub enum ConfigError {
     /// Not whole pages.
     #[error("--memory {0}: must be a multiple of {1}")]
     MemoryUnaligned(Size, Size),
+    /// A path that names nothing.
+    #[error("{0} is an empty path: give one, or leave it out")]
+    EmptyPath(&'static str),
     /// The command line does not fit the kernel's buffer.
     #[error(
         "the kernel command line has {0} bytes, and Linux takes {MAX_CMDLINE}: shorten --append or --cmdline"
@@ -167,6 +179,14 @@ impl VmConfig {
         }
         if self.timeout.is_some_and(|t| t > MAX_TIMEOUT) {
             return Err(ConfigError::LongTimeout);
+        }
+        let paths = [
+            ("--kernel (kernel.path in a --config)", Some(&self.kernel.path)),
+            ("--initrd (kernel.initrd in a --config)", self.kernel.initrd.as_ref()),
+            ("--serial file=PATH (serial.file in a --config)", self.serial.path()),
+        ];
+        if let Some((name, _)) = paths.iter().find(|(_, p)| p.is_some_and(|p| p.as_os_str().is_empty())) {
+            return Err(ConfigError::EmptyPath(name));
         }
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;

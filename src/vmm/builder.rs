@@ -113,8 +113,9 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
     let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
     let mut ports = Bus::default();
-    let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
+    // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
+    let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
     let space = AddressSpace { ports, devices: Bus::default(), memory: memory.clone() };
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
     timeline.mark(Phase::Vcpus);
@@ -174,7 +175,10 @@ fn add_platform_devices(ports: &mut Bus, config: &VmConfig) -> Result<(), BuildE
     add(ports, "ACPI power management", layout::ACPI_PM_PORT, layout::ACPI_PM_LEN, AcpiPm)?;
     if let Some(port) = config.exit_code_port {
         let taken = || BuildError::ExitCodePort(port);
-        if IN_KERNEL_PORTS.iter().any(|range| range.contains(&port)) {
+        // COM1 is put on the bus later.
+        let serial = layout::SERIAL_PORT..=layout::SERIAL_PORT + layout::SERIAL_LEN - 1;
+        let serial = (config.serial != Serial::Null).then_some(serial);
+        if IN_KERNEL_PORTS.into_iter().chain(serial).any(|range| range.contains(&port)) {
             return Err(taken());
         }
         add(ports, "the exit status", port, 1, ExitCode).map_err(|_| taken())?;
