@@ -3,7 +3,9 @@
 //! The machine is "hardware-reduced" (ACPI 6.5, 4.1): no timer, no PM block, no SCI. Linux then asks for no PIT, no
 //! 8259 PIC, no CMOS clock and no keyboard controller, which spares both the guest's probing and KVM's devices.
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -14,7 +16,7 @@ use acpi_tables::{Aml, aml};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::layout;
+use super::layout::{self, VirtioSlot};
 
 const OEM: [u8; 6] = *b"MICROV";
 const TABLE: [u8; 8] = *b"MICROVM ";
@@ -31,11 +33,13 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// Which devices the tables tell of.
 #[derive(Clone, Copy, Debug)]
-pub struct AcpiConfig {
+pub struct AcpiConfig<'a> {
     /// Number of vCPUs, at most 254; APIC IDs count from 0.
     pub cpus: u32,
     /// COM1 is there.
     pub serial: bool,
+    /// The virtio-mmio devices to tell of.
+    pub virtio: &'a [VirtioSlot],
 }
 
 /// The tables could not be written.
@@ -127,9 +131,23 @@ fn dsdt(config: AcpiConfig) -> Vec<u8> {
     let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io(layout::PVPANIC_PORT, 1)]));
     let pvpanic = Device::new("PEVT".into(), vec![&id, &resources]);
     Scope::new("\\_SB_".into(), vec![&pvpanic]).to_aml_bytes(&mut aml_code);
+    for (slot, uid) in config.virtio.iter().zip(0..) {
+        add_virtio_device(&mut aml_code, *slot, uid);
+    }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     dsdt.append_slice(&aml_code);
     dsdt.as_slice().to_vec()
+}
+
+/// Adds a virtio-mmio device, as `drivers/virtio/virtio_mmio.c` looks for it.
+fn add_virtio_device(aml_code: &mut Vec<u8>, slot: VirtioSlot, uid: u32) {
+    let memory = Memory32Fixed::new(true, slot.address as u32, layout::VIRTIO_MMIO_LEN as u32);
+    let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
+    let hid = Name::new("_HID".into(), &"LNRO0005");
+    let uid_name = Name::new("_UID".into(), &uid);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory, &interrupt]));
+    let device = Device::new(format!("V{uid:03}").as_str().into(), vec![&hid, &uid_name, &resources]);
+    Scope::new("\\_SB_".into(), vec![&device]).to_aml_bytes(aml_code);
 }
 
 #[cfg(test)]
@@ -138,7 +156,7 @@ mod tests {
 
     #[test]
     fn every_table_adds_up_to_zero() {
-        let config = AcpiConfig { cpus: 32, serial: true };
+        let config = AcpiConfig { cpus: 32, serial: true, virtio: &[] };
         let rsdp = bytes(&Rsdp::new(OEM, 0xe_1000));
         for table in [dsdt(config), fadt(0xe_0040), madt(32), rsdp] {
             let sum = table.iter().fold(0u8, |a, b| a.wrapping_add(*b));
@@ -149,15 +167,25 @@ mod tests {
     #[test]
     fn the_rsdp_is_found_by_scanning() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let rsdp = write_tables(&memory, AcpiConfig { cpus: 1, serial: false }).unwrap();
+        let rsdp = write_tables(&memory, AcpiConfig { cpus: 1, serial: false, virtio: &[] }).unwrap();
         let mut signature = [0; 8];
         memory.read_slice(&mut signature, GuestAddress(rsdp)).unwrap();
         assert_eq!((rsdp % 16, &signature), (0, b"RSD PTR "));
     }
 
     #[test]
+    fn all_virtio_devices_fit() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let slots: Vec<_> = layout::virtio_slots().collect();
+        assert_eq!(slots.len(), layout::MAX_VIRTIO_DEVICES);
+        write_tables(&memory, AcpiConfig { cpus: 32, serial: true, virtio: &slots }).unwrap();
+        let code = dsdt(AcpiConfig { cpus: 1, serial: true, virtio: &slots });
+        assert_eq!(code.windows(8).filter(|w| w == b"LNRO0005").count(), slots.len());
+    }
+
+    #[test]
     fn lengths_are_right() {
-        for table in [dsdt(AcpiConfig { cpus: 4, serial: true }), fadt(0), madt(4)] {
+        for table in [dsdt(AcpiConfig { cpus: 4, serial: true, virtio: &[] }), fadt(0), madt(4)] {
             let length = u32::from_le_bytes(table[4..8].try_into().unwrap());
             assert_eq!(length as usize, table.len());
         }
