@@ -116,8 +116,15 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     timeline.mark(Phase::Kernel);
 
     memory.guest().write_slice(cmdline_bytes(&cmdline)?.as_slice(), GuestAddress(layout::CMDLINE))?;
-    let rsdp =
-        acpi::write_tables(memory.guest(), AcpiConfig { cpus: config.cpus, serial, virtio: &slots.acpi })?;
+    let rsdp = acpi::write_tables(
+        memory.guest(),
+        AcpiConfig {
+            cpus: config.cpus,
+            serial,
+            virtio: &slots.acpi,
+            hardware_reduced: config.discovery == Discovery::Acpi,
+        },
+    )?;
     let memory_map = &memory_map(config.memory.size.0);
     let cmdline_len = cmdline_bytes(&cmdline)?.len() - 1;
     write_tables(&memory, &BootInfo { image: &files.image, cmdline_len, initrd, memory_map, rsdp })?;
