@@ -1,3 +1,4 @@
 //! The devices that a guest sees.
 
 pub mod legacy;
+pub mod virtio;

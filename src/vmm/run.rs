@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
+use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::Phase;
 use crate::sys::signals::EndSignals;
 use crate::vcpu::VcpuEvent;
@@ -59,6 +60,7 @@ pub(super) struct EventSources {
     timer: Option<TimerFd>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
+    jobs: Option<VmmThreadJobs>,
 }
 
 impl EventSources {
@@ -70,7 +72,7 @@ impl EventSources {
             Ok::<_, vmm_sys_util::errno::Error>(timer)
         });
         let timer = timer.transpose().map_err(io::Error::from)?;
-        Ok(Self { signals: EndSignals::new()?, timer, wake: new_event()?, vcpu_events: None })
+        Ok(Self { signals: EndSignals::new()?, timer, wake: new_event()?, vcpu_events: None, jobs: None })
     }
 
     /// What a vCPU writes to after it has sent an event.
@@ -80,6 +82,11 @@ impl EventSources {
 
     pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
         Self { vcpu_events: Some(events), ..self }
+    }
+
+    /// What devices want done on this thread.
+    pub(super) fn with_jobs(self, jobs: VmmThreadJobs) -> Self {
+        Self { jobs: Some(jobs), ..self }
     }
 }
 
@@ -91,8 +98,13 @@ struct EndEvents {
 impl MutEventSubscriber for EndEvents {
     fn init(&mut self, ops: &mut EventOps) {
         let sources = &self.sources;
-        let fds = [Some(sources.signals.as_fd().as_raw_fd()), Some(sources.wake.as_raw_fd())];
-        for fd in fds.into_iter().chain([sources.timer.as_ref().map(AsRawFd::as_raw_fd)]).flatten() {
+        let fds = [
+            Some(sources.signals.as_fd().as_raw_fd()),
+            Some(sources.wake.as_raw_fd()),
+            sources.timer.as_ref().map(AsRawFd::as_raw_fd),
+            sources.jobs.as_ref().map(|jobs| jobs.event().as_raw_fd()),
+        ];
+        for fd in fds.into_iter().flatten() {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 log::error!("the event loop cannot watch a descriptor: {e:?}");
             }
@@ -107,6 +119,8 @@ impl MutEventSubscriber for EndEvents {
             vcpu_events.filter_map(end_of).for_each(|end| self.end.set(end));
         } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
             self.end.set(End::Timeout);
+        } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
+            jobs.run_all();
         } else if let Some(number) = sources.signals.take() {
             self.end.set(End::Signal(number));
         }
@@ -164,10 +178,11 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     if let Some(output) = console_output {
         output.close();
     }
+    // With it goes what devices wanted done: a vCPU that waits for that waits no longer.
+    drop(manager);
     let deadline = Instant::now() + STOP_BOUND;
     // Each is waited for, also after one that hangs.
     let stuck = vmm.vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
-    drop(manager);
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
     }
