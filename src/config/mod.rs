@@ -47,6 +47,9 @@ pub struct VmConfig {
     /// Go on where `/dev/kvm` interprets the guest kernel in software.
     #[serde(default)]
     pub allow_software_kvm: bool,
+    /// How this process is confined while the guest runs.
+    #[serde(default)]
+    pub sandbox: Sandbox,
 }
 
 /// The kernel, its initramfs and its command line.
@@ -81,6 +84,19 @@ pub enum Load {
     /// Copied. Where the host has huge pages, the guest then takes a fault for 512 pages instead of one for each,
     /// which is faster to boot than the copying is slow.
     Copy,
+}
+
+/// How the process is confined before the guest's first instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sandbox {
+    /// By every layer that the host has; a warning names what it lacks.
+    #[default]
+    On,
+    /// By every layer, or the VM does not start.
+    Strict,
+    /// Not at all: for debuggers.
+    Off,
 }
 
 /// Where the guest's first serial port (COM1) goes.
@@ -163,6 +179,7 @@ impl VmConfig {
             exit_code_port: None,
             pit: false,
             allow_software_kvm: false,
+            sandbox: Sandbox::default(),
         }
     }
 
@@ -250,6 +267,7 @@ mod tests {
         c.timeout = Some(Duration::from_millis(1500));
         c.serial = Serial::File("out.log".into());
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
+        c.sandbox = Sandbox::Strict;
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
     }
