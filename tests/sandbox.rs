@@ -701,17 +701,13 @@ fn what_a_host_lacks_is_one_warning_or_an_error() {
 #[test]
 fn a_filter_that_fails_stops_the_start() {
     let host = Host::new();
-    let kernel = host.kernel(&[print("ran"), power_off()].concat());
-    for sandbox in ["on", "strict"] {
-        let mut command = host.boot(&kernel, &["--sandbox", sandbox]);
-        // The kernel has filters, but a filter cannot be set.
-        let set = (0, libc::SECCOMP_SET_MODE_FILTER.into());
-        let refuses = host_that(libc::SYS_seccomp, Some(set), errno(libc::ENOMEM));
-        let output = in_child(&mut command, refuses).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-        assert!(stderr(&output).contains("cannot install a seccomp filter"), "{}", stderr(&output));
-        assert_eq!(stdout(&output), "", "the guest has run unconfined");
-    }
+    let mut command = host.boot(&host.kernel(&[print("ran"), power_off()].concat()), &[]);
+    // The kernel has filters, but none can be set.
+    let set = (0, libc::SECCOMP_SET_MODE_FILTER.into());
+    let refuses = host_that(libc::SYS_seccomp, Some(set), errno(libc::ENOMEM));
+    let output = in_child(&mut command, refuses).output().unwrap();
+    assert_ends(&output, 1, &["cannot install a seccomp filter", "--sandbox off"]);
+    assert_eq!(stdout(&output), "", "the guest has run unconfined");
 }
 
 #[test]
@@ -754,6 +750,17 @@ fn an_emulation_failure_is_told_and_no_violation() {
     assert!(!stderr(&output).contains("cannot emulate") || stderr(&output).contains("[0f 01 d0 "));
 }
 
+/// The run failed with this line; an old host's warning about what it lacks may stand before it.
+#[track_caller]
+fn assert_ends(output: &Output, status: i32, words: &[&str]) {
+    let text = stderr(output);
+    let own: Vec<_> = text.lines().filter(|l| !l.contains("the sandbox goes on without")).collect();
+    assert_eq!((output.status.code(), own.len()), (Some(status), 1), "{text}");
+    for word in words {
+        assert!(own[0].contains(word), "no {word:?} in: {text}");
+    }
+}
+
 /// A pseudo terminal: our side, and the program's.
 fn terminal() -> (OwnedFd, OwnedFd) {
     let (mut ours, mut theirs) = (-1, -1);
@@ -784,7 +791,7 @@ fn a_violation_of_a_running_vm_names_it_and_gives_the_terminal_back() {
     };
     let stdin = theirs.as_fd().try_clone_to_owned().unwrap();
     let output = in_child(command.stdin(stdin).stdout(Stdio::null()), session).output().unwrap();
-    assert_fails(&output, REFUSED, &["system call epoll_wait (", "of thread microvm:"]);
+    assert_ends(&output, REFUSED, &["system call epoll_wait (", "of thread microvm:"]);
     let after = rustix::termios::tcgetattr(&theirs).unwrap();
     assert_eq!((after.local_modes, after.input_modes), (before.local_modes, before.input_modes));
 }
@@ -796,5 +803,5 @@ fn a_violation_of_a_vcpu_ends_the_process() {
     let mut command = host.boot(&host.kernel(&spin()), &["--timeout", "5s"]);
     let trap = host_that(libc::SYS_ioctl, Some((1, KVM_RUN)), SeccompAction::Trap);
     let output = in_child(&mut command, trap).output().unwrap();
-    assert_fails(&output, REFUSED, &["system call ioctl (16) of thread vcpu0:"]);
+    assert_ends(&output, REFUSED, &["system call ioctl (16) of thread vcpu0:"]);
 }
