@@ -1,8 +1,8 @@
 //! From tables of rules to filters, at compile time: nothing is left to do at start but to hand one over.
 //!
-//! The rules of a filter form a binary tree over the call's number, not a list as those that seccompiler makes: when a
-//! filter is installed, the kernel runs it once for each of its 450 system calls (`seccomp_cache_prepare`), which a list
-//! makes longer than the rest of the installation. That both decide alike is a test.
+//! The rules of a filter form a binary tree over the call's number, not a list as those that seccompiler makes, and are
+//! as short as they can be: when a filter is installed, the kernel compiles it anew for each thread and runs it once for
+//! each of its 450 system calls (`seccomp_cache_prepare`). That both decide alike is a test.
 
 use seccompiler::sock_filter;
 
@@ -75,6 +75,15 @@ const ARGUMENTS: u32 = 16;
 /// `AUDIT_ARCH_X86_64`.
 const X86_64: u32 = 0xc000_003e;
 
+/// SIGSYS, whose handler says which call it was; where that is not in place, the kernel ends the process.
+const REFUSE: u32 = libc::SECCOMP_RET_TRAP;
+
+/// Rules that share their two returns, so that jumps reach them.
+const SECTION: usize = 48;
+/// Jumps whose distance is known at the section's end.
+const TO_ALLOW: u8 = 254;
+const TO_REFUSE: u8 = 255;
+
 /// A filter.
 pub(super) struct Program {
     code: [sock_filter; ROOM],
@@ -87,7 +96,7 @@ impl Program {
     /// Makes one filter of `tables`. Each call stands in one rule only.
     pub(super) const fn new(tables: &[&'static [Rule]]) -> Self {
         let mut program = Self {
-            code: [const { instruction(RETURN, 0, 0, libc::SECCOMP_RET_TRAP) }; ROOM],
+            code: [const { instruction(RETURN, 0, 0, REFUSE) }; ROOM],
             len: 0,
             marks: [0; MAX_MARKS],
             marked: 0,
@@ -96,9 +105,9 @@ impl Program {
         program.add(LOAD, 0, 0, ARCHITECTURE);
         // A call by way of the 32-bit interface has other numbers.
         program.add(IF_EQUAL, 1, 0, X86_64);
-        program.refuse();
+        program.add(RETURN, 0, 0, REFUSE);
         program.add(LOAD, 0, 0, NUMBER);
-        program.tree(&rules, 0, count);
+        program.section(&rules, 0, count);
         program
     }
 
@@ -111,69 +120,120 @@ impl Program {
         code
     }
 
+    /// Rules that end in the same two returns, or two such halves: a conditional jump reaches 255 instructions far, a
+    /// plain one any number.
+    const fn section(&mut self, rules: &[Option<&'static Rule>; MAX_RULES], from: usize, to: usize) {
+        if to - from > SECTION {
+            let middle = usize::midpoint(from, to);
+            self.add(IF_AT_LEAST, 0, 1, number(rules, middle));
+            let jump = self.len;
+            self.add(JUMP, 0, 0, 0);
+            self.section(rules, from, middle);
+            self.code[jump].k = (self.len - jump - 1) as u32;
+            return self.section(rules, middle, to);
+        }
+        let start = self.len;
+        self.tree(rules, from, to);
+        self.end(start);
+    }
+
+    /// Adds the two returns, and directs the jumps from `start` on to them.
+    const fn end(&mut self, start: usize) {
+        let mut i = start;
+        while i < self.len {
+            if is_conditional(self.code[i].code) {
+                self.code[i].jt = self.resolved(i, self.code[i].jt);
+                self.code[i].jf = self.resolved(i, self.code[i].jf);
+            }
+            i += 1;
+        }
+        self.add(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW);
+        self.add(RETURN, 0, 0, REFUSE);
+    }
+
+    const fn resolved(&self, from: usize, jump: u8) -> u8 {
+        match jump {
+            TO_ALLOW => distance(from, self.len),
+            TO_REFUSE => distance(from, self.len + 1),
+            near => near,
+        }
+    }
+
     const fn tree(&mut self, rules: &[Option<&'static Rule>; MAX_RULES], from: usize, to: usize) {
         let middle = usize::midpoint(from, to);
-        let Some(rule) = rules[middle] else { panic!("a table without rules") };
         if to - from == 1 {
+            let Some(rule) = rules[middle] else { panic!("a table without rules") };
             return self.leaf(rule);
         }
-        // A conditional jump reaches 255 instructions far, a plain one any number.
-        self.add(IF_AT_LEAST, 0, 1, rule.number);
-        let jump = self.len;
-        self.add(JUMP, 0, 0, 0);
+        let branch = self.len;
+        self.add(IF_AT_LEAST, 0, 0, number(rules, middle));
         self.tree(rules, from, middle);
-        self.code[jump].k = (self.len - jump - 1) as u32;
+        self.code[branch].jt = distance(branch, self.len);
         self.tree(rules, middle, to);
     }
 
     const fn leaf(&mut self, rule: &'static Rule) {
-        self.add(IF_EQUAL, 1, 0, rule.number);
-        self.refuse();
-        let mut i = 0;
-        while i < rule.checks.len() {
-            self.check(&rule.checks[i]);
-            i += 1;
-        }
         match rule.answer {
-            Answer::Allow => self.add(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
-            Answer::Errno(errno) => self.add(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
-        }
-    }
-
-    const fn check(&mut self, check: &'static Check) {
-        match check {
-            Check::Is(argument, _, values) => {
-                self.add(LOAD, 0, 0, ARGUMENTS + 8 * *argument as u32);
+            Answer::Allow if rule.checks.is_empty() => self.add(IF_EQUAL, TO_ALLOW, TO_REFUSE, rule.number),
+            Answer::Allow => {
+                self.add(IF_EQUAL, 0, TO_REFUSE, rule.number);
                 let mut i = 0;
-                while i < values.len() {
-                    self.add(IF_EQUAL, (values.len() - i) as u8, 0, values[i].1);
+                while i < rule.checks.len() {
+                    self.check(&rule.checks[i], i + 1 == rule.checks.len());
                     i += 1;
                 }
-                self.refuse();
             }
-            Check::Without(argument, _, bits) => {
-                self.add(LOAD, 0, 0, ARGUMENTS + 8 * *argument as u32);
-                self.add(IF_ANY_BIT, 0, 1, bits.1);
-                self.refuse();
-            }
-            Check::OwnProcess(argument) => {
-                self.add(LOAD, 0, 0, ARGUMENTS + 8 * *argument as u32);
-                self.marks[self.marked] = self.len;
-                self.marked += 1;
-                self.add(IF_EQUAL, 1, 0, 0);
-                self.refuse();
+            Answer::Errno(errno) => {
+                self.add(IF_EQUAL, 0, TO_REFUSE, rule.number);
+                self.add(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32);
             }
         }
     }
 
-    /// SIGSYS, whose handler says which call it was; where that is not in place, the kernel ends the process.
-    const fn refuse(&mut self) {
-        self.add(RETURN, 0, 0, libc::SECCOMP_RET_TRAP);
+    const fn check(&mut self, check: &'static Check, last: bool) {
+        let (Check::Is(argument, ..) | Check::Without(argument, ..) | Check::OwnProcess(argument)) = check;
+        self.add(LOAD, 0, 0, ARGUMENTS + 8 * *argument as u32);
+        let passed = if last { TO_ALLOW } else { 0 };
+        match check {
+            Check::Is(_, _, values) => {
+                let mut i = 0;
+                while i < values.len() {
+                    let left = values.len() - i - 1;
+                    let found = if last { TO_ALLOW } else { left as u8 };
+                    self.add(IF_EQUAL, found, if left == 0 { TO_REFUSE } else { 0 }, values[i].1);
+                    i += 1;
+                }
+            }
+            Check::Without(_, _, bits) => self.add(IF_ANY_BIT, TO_REFUSE, passed, bits.1),
+            Check::OwnProcess(_) => {
+                self.marks[self.marked] = self.len;
+                self.marked += 1;
+                self.add(IF_EQUAL, passed, TO_REFUSE, 0);
+            }
+        }
     }
 
     const fn add(&mut self, code: u16, if_true: u8, if_false: u8, k: u32) {
         self.code[self.len] = instruction(code, if_true, if_false, k);
         self.len += 1;
+    }
+}
+
+const fn is_conditional(code: u16) -> bool {
+    matches!(code, IF_EQUAL | IF_AT_LEAST | IF_ANY_BIT)
+}
+
+/// How far a jump at `from` to `to` is.
+const fn distance(from: usize, to: usize) -> u8 {
+    let distance = to - from - 1;
+    assert!(distance < TO_ALLOW as usize, "a jump is too far: make SECTION smaller");
+    distance as u8
+}
+
+const fn number(rules: &[Option<&'static Rule>; MAX_RULES], at: usize) -> u32 {
+    match rules[at] {
+        Some(rule) => rule.number,
+        None => panic!("a table without rules"),
     }
 }
 
