@@ -23,6 +23,7 @@ pub mod vm;
 pub mod arch;
 
 pub mod bus;
+pub mod sandbox;
 
 pub mod config;
 

@@ -11,7 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["devices"],
     &["vcpu", "vm"],
     &["arch"],
-    &["bus"],
+    &["bus", "sandbox"],
     &["config"],
     &["logger", "metrics", "sys"],
 ];

@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, Load, MemoryConfig, Serial, VmConfig};
+use crate::config::{Discovery, Load, MemoryConfig, Sandbox, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -25,6 +25,7 @@ const AFTER_HELP: &str = "Exit status:
   102      the guest triple-faulted, or KVM gave up on it
   124      --timeout passed
   128 + N  signal N ended microvm (130: Ctrl-A x, or SIGINT)
+  159      microvm made a system call that its sandbox forbids: it has a bug, or a guest broke out
   0-127    chosen by the guest through --exit-code-port
 
 Keys, where standard input is a terminal:
@@ -87,6 +88,10 @@ pub struct BootArgs {
     /// Go on where /dev/kvm is a software KVM, which interprets the guest's kernel
     #[arg(long)]
     allow_software_kvm: bool,
+    /// How microvm is confined while the guest runs: on (by every layer that this host has, with a warning about what
+    /// it lacks), strict (by every layer, or not started), off (for debuggers) [default: on]
+    #[arg(long, value_name = "HOW", value_parser = parse_sandbox)]
+    sandbox: Option<Sandbox>,
     /// Read the VM from a JSON file; flags beside it win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -140,6 +145,15 @@ fn parse_load(text: &str) -> Result<Load, String> {
         "map" => Ok(Load::Map),
         "copy" => Ok(Load::Copy),
         _ => Err("allowed are auto, map and copy".into()),
+    }
+}
+
+fn parse_sandbox(text: &str) -> Result<Sandbox, String> {
+    match text {
+        "on" => Ok(Sandbox::On),
+        "strict" => Ok(Sandbox::Strict),
+        "off" => Ok(Sandbox::Off),
+        _ => Err("allowed are on, strict and off".into()),
     }
 }
 
@@ -211,6 +225,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;
+    config.sandbox = args.sandbox.unwrap_or(config.sandbox);
     Ok(config)
 }
 

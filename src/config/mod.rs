@@ -53,6 +53,9 @@ pub struct VmConfig {
     /// Go on where `/dev/kvm` interprets the guest kernel in software.
     #[serde(default)]
     pub allow_software_kvm: bool,
+    /// How this process is confined while the guest runs.
+    #[serde(default)]
+    pub sandbox: Sandbox,
 }
 
 /// The kernel, its initramfs and its command line.
@@ -99,6 +102,19 @@ pub enum Discovery {
     /// On the kernel's command line (`virtio_mmio.device=`), for kernels with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES` whose
     /// ACPI does not work, as that of Linux 6.1 without PCI.
     Cmdline,
+}
+
+/// How the process is confined before the guest's first instruction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sandbox {
+    /// By every layer that the host has; a warning names what it lacks.
+    #[default]
+    On,
+    /// By every layer, or the VM does not start.
+    Strict,
+    /// Not at all: for debuggers.
+    Off,
 }
 
 /// Where the guest's first serial port (COM1) goes.
@@ -183,6 +199,7 @@ impl VmConfig {
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
+            sandbox: Sandbox::default(),
         }
     }
 
@@ -274,6 +291,7 @@ mod tests {
         c.timeout = Some(Duration::from_millis(1500));
         c.serial = Serial::File("out.log".into());
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
+        c.sandbox = Sandbox::Strict;
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
     }

@@ -4,6 +4,8 @@ use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
 
+use crate::sandbox::{Lack, Layers};
+
 use super::Check;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -17,7 +19,8 @@ pub(super) fn checks() -> Vec<Check> {
             &read("/proc/sys/user/max_user_namespaces"),
             &read("/proc/sys/kernel/unprivileged_userns_clone"),
         ),
-        landlock(landlock_abi()),
+        seccomp(Layers::of_host()),
+        landlock(Layers::of_host()),
         io_uring(&read("/proc/sys/kernel/io_uring_disabled")),
         transparent_huge_pages(&read("/sys/kernel/mm/transparent_hugepage/enabled")),
         huge_pages(&read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")),
@@ -71,22 +74,41 @@ fn user_namespaces(most: &str, unprivileged: &str) -> Check {
     }
 }
 
-/// Version of the Landlock ABI, or `None`.
-fn landlock_abi() -> Option<i64> {
-    const VERSION: libc::c_long = 1;
-    // SAFETY: with this flag the call takes no attributes (null, 0), makes no descriptor, and only returns a number.
-    let abi =
-        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0_usize, VERSION) };
-    (abi > 0).then_some(abi)
+fn landlock(layers: Layers) -> Check {
+    let lacks: Vec<_> = layers.lacks().filter(|l| l.what.starts_with("Landlock")).collect();
+    landlock_of(layers.landlock_abi(), &lacks)
 }
 
-fn landlock(abi: Option<i64>) -> Check {
-    match abi {
-        Some(abi) => Check::ok("Landlock", format!("ABI {abi}")),
-        None => Check::missing(
+fn landlock_of(abi: u32, lacks: &[Lack]) -> Check {
+    match lacks {
+        [] => Check::ok("Landlock", format!("ABI {abi}")),
+        [_] if abi == 0 => Check::missing(
             "Landlock",
             "not there",
             "boot the host with landlock in its lsm= list (Linux 5.13 or later)",
+        ),
+        [.., last] => Check::missing(
+            "Landlock",
+            format!("ABI {abi}: --sandbox strict needs more"),
+            format!("use Linux {} or later on the host", last.since),
+        ),
+    }
+}
+
+fn seccomp(layers: Layers) -> Check {
+    seccomp_of(layers.lacks().find(|l| !l.what.starts_with("Landlock")))
+}
+
+fn seccomp_of(lack: Option<Lack>) -> Check {
+    match lack {
+        None => Check::ok("seccomp", "filters can be installed"),
+        Some(lack) => Check::missing(
+            "seccomp",
+            format!("{} not there", lack.what),
+            format!(
+                "microvm confines itself less: use Linux {} or later, with CONFIG_SECCOMP_FILTER",
+                lack.since
+            ),
         ),
     }
 }
@@ -132,6 +154,8 @@ mod tests {
     use super::super::State;
     use super::*;
 
+    const LACK: Lack = Lack { what: "Landlock's TCP rules", since: "6.7" };
+
     #[test]
     fn cgroup_versions_are_told_apart() {
         let v1 = "30 24 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n";
@@ -153,7 +177,9 @@ mod tests {
             user_namespaces("0\n", ""),
             user_namespaces("100\n", "0\n"),
             user_namespaces("", ""),
-            landlock(None),
+            landlock_of(0, &[LACK]),
+            landlock_of(3, &[LACK, LACK]),
+            seccomp_of(Some(LACK)),
             io_uring("2\n"),
             transparent_huge_pages("always [madvise] never"),
             huge_pages("0\n"),
@@ -168,7 +194,8 @@ mod tests {
     fn what_is_there_is_ok() {
         for check in [
             user_namespaces("100\n", ""),
-            landlock(Some(4)),
+            landlock_of(6, &[]),
+            seccomp_of(None),
             io_uring(""),
             transparent_huge_pages("[always] madvise"),
             huge_pages("7"),

@@ -65,6 +65,14 @@ impl Drop for RawMode {
     }
 }
 
+/// Gives the terminal back from within a signal handler, where waiting for the lock could be waiting for oneself.
+pub(super) fn restore_from_signal() {
+    if let Some(before) = SAVED.try_lock().ok().and_then(|mut saved| saved.take()) {
+        signals::block(libc::SIGTTOU);
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
+    }
+}
+
 /// Gives the terminal back, once.
 fn restore() {
     if let Some(before) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {

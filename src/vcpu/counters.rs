@@ -57,6 +57,11 @@ impl Counters {
         Self { ours: Default::default(), kvm }
     }
 
+    /// Where KVM's own are read from.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.kvm.as_ref().map(|stats| &stats.file)
+    }
+
     pub(super) fn add(&self, reason: Reason) {
         self.ours[reason as usize].fetch_add(1, Ordering::Relaxed);
     }

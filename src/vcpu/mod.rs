@@ -17,6 +17,7 @@ use crate::arch::x86_64::msrs::boot_msrs;
 use crate::arch::x86_64::registers::{boot_regs, boot_sregs};
 use crate::bus::{Action, Bus};
 use crate::metrics::ExitSource;
+use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory};
 
 use counters::{Counters, Reason};
@@ -56,9 +57,6 @@ pub enum VcpuError {
     /// The page shared with KVM could not be mapped.
     #[error("the page shared with KVM cannot be mapped")]
     RunPage(#[source] std::io::Error),
-    /// No thread for it.
-    #[error("no thread for a vCPU")]
-    Thread(#[source] std::io::Error),
 }
 
 /// One vCPU.
@@ -111,6 +109,14 @@ impl Vcpu {
                 log::info!("vCPU {}: this host's KVM refuses MSR {:#x}; skipped", self.index, refused.index);
             }
             rest = rest.get(done + 1..).unwrap_or_default();
+        }
+    }
+
+    /// Puts its descriptors on the list of those that stay open.
+    pub fn keep(&self, kept: &mut Kept) {
+        kept.add("a vCPU", &self.fd);
+        if let Some(file) = self.counters.file() {
+            kept.add("the exit counters of a vCPU", file);
         }
     }
 

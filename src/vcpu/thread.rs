@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -14,10 +14,11 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Action;
 use crate::metrics::Timeline;
+use crate::sandbox::{Confined, SandboxError, ThreadKind};
 use crate::sys::signals;
 
 use super::run_page::RunPage;
-use super::{Fault, Outcome, Vcpu, VcpuError};
+use super::{Fault, Outcome, Vcpu};
 
 /// Something that concerns the whole VM happened on a vCPU; the vCPU waits.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ pub struct VcpuThread {
     commands: Sender<Command>,
     page: Arc<RunPage>,
     gone: Receiver<Infallible>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Option<()>>,
 }
 
 /// Where vCPU threads report to.
@@ -65,24 +66,21 @@ pub fn install_kick_handler() -> std::io::Result<()> {
 }
 
 impl VcpuThread {
-    /// Starts a thread for `vcpu`. The guest does not run before [`VcpuThread::resume`].
+    /// Starts a confined thread for `vcpu`. The guest does not run before [`VcpuThread::resume`].
     ///
     /// # Errors
-    /// No thread can be had.
-    pub fn start(vcpu: Vcpu, reports: Reports) -> Result<Self, VcpuError> {
+    /// No thread can be had, or it cannot be confined.
+    pub fn start(vcpu: Vcpu, reports: Reports, confined: Confined) -> Result<Self, SandboxError> {
         let (commands, receiver) = mpsc::channel();
         let page = vcpu.page.clone();
         let (alive, gone) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{}", vcpu.index))
-            .stack_size(STACK)
-            .spawn(move || {
-                // A parent may have left it blocked, and then no kick would get through.
-                signals::unblock(SIGRTMIN());
-                run(vcpu, &receiver, &reports);
-                drop(alive);
-            })
-            .map_err(VcpuError::Thread)?;
+        let name = format!("vcpu{}", vcpu.index);
+        let thread = confined.spawn(ThreadKind::Vcpu, name, STACK, move || {
+            // A parent may have left it blocked, and then no kick would get through.
+            signals::unblock(SIGRTMIN());
+            run(vcpu, &receiver, &reports);
+            drop(alive);
+        })?;
         Ok(Self { commands, page, gone, thread })
     }
 

@@ -14,6 +14,7 @@ use vm_memory::{
 
 use crate::arch::x86_64::memory_map::ram_ranges;
 use crate::config::{Backing, HugePages, MemoryConfig, Size};
+use crate::sandbox::Kept;
 use crate::sys::mapping::{self, Mapping};
 
 const PAGE: u64 = 4096;
@@ -126,6 +127,12 @@ impl Memory {
         }
         let guest = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Regions)?;
         Ok(Self(Arc::new(Inner { guest, anonymous })))
+    }
+
+    /// Puts its descriptors on the list of those that stay open.
+    pub fn keep(&self, kept: &mut Kept) {
+        let files = self.0.guest.iter().filter_map(GuestMemoryRegion::file_offset);
+        files.for_each(|file| kept.add("guest memory", file.file()));
     }
 
     /// The memory as devices see it.

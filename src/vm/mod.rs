@@ -11,6 +11,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
+use crate::sandbox::Kept;
 
 pub use kvm::{HostKvm, OpenKvmError};
 pub use memory::{LoadError, Loaded, Memory, MemoryError};
@@ -75,6 +76,11 @@ impl Vm {
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(kvm_error("take the guest's memory"))?;
         }
         Ok(())
+    }
+
+    /// Puts its descriptor on the list of those that stay open.
+    pub fn keep(&self, kept: &mut Kept) {
+        kept.add("the VM", &self.fd);
     }
 
     /// A new vCPU.

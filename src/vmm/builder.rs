@@ -21,7 +21,8 @@ use crate::config::{ConfigError, Discovery, Serial, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
 use crate::metrics::{Phase, Timeline};
-use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, VcpuThread, install_kick_handler};
+use crate::sandbox::{Kept, Layers, SandboxError};
+use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, install_kick_handler};
 use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 
 use super::Vmm;
@@ -85,14 +86,18 @@ pub enum BuildError {
     /// No descriptor or handler.
     #[error("the event loop cannot be set up")]
     Events(#[source] io::Error),
+    /// A host that cannot confine as it should.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
 }
 
-/// Builds the VM of `config` up to the point where its first instruction can run.
+/// Builds the VM of `config`: everything is open, and no thread runs yet.
 ///
 /// # Errors
 /// What is wrong, on which flag or path. Nothing is left behind.
 pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
     config.validate()?;
+    let layers = Layers::find(config.sandbox)?;
     let serial = config.serial != Serial::Null;
     let files = BootFiles::open(&config.kernel)?;
     let devices = Devices::open(config)?;
@@ -135,10 +140,11 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let mut ports = Bus::default();
     // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
-    let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
+    let mut kept = Kept::default();
+    let console = Console::new(&config.serial, &files, &vm, &mut ports, &mut kept)?;
     let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
     let mut mmio = Bus::default();
-    devices.connect(&vm, &memory, &mut mmio, &vmm_thread)?;
+    devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
     let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
     timeline.mark(Phase::Vcpus);
@@ -147,9 +153,11 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let reports = Reports { events: sender, wake: events.wake(), timeline: timeline.clone() };
     let events = events.with_vcpu_events(receiver).with_jobs(jobs);
     install_kick_handler().map_err(BuildError::Events)?;
-    let threads = vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, reports.clone()));
-    let vcpus = threads.collect::<Result<_, _>>()?;
-    Ok(Vmm { vcpus, events, console, timeline, vm, memory })
+    events.keep(&mut kept);
+    vm.keep(&mut kept);
+    memory.keep(&mut kept);
+    vcpus.iter().for_each(|vcpu| vcpu.keep(&mut kept));
+    Ok(Vmm { vcpus, reports, events, console, timeline, vm, memory, layers, kept })
 }
 
 /// The command line with its NUL.

@@ -8,7 +8,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -20,6 +19,7 @@ use crate::arch::x86_64::layout::{SERIAL_GSI, SERIAL_LEN, SERIAL_PORT};
 use crate::bus::{Bus, Overlap};
 use crate::config::Serial;
 use crate::devices::legacy::{ConsoleOutput, SerialInput, serial_port};
+use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
 use crate::sys::terminal::{RawMode, Stdin, stdin_kind};
 use crate::vm::{KvmError, Vm};
 
@@ -69,8 +69,10 @@ const STACK: usize = 64 << 10;
 /// The host's end of the serial port.
 pub struct Console {
     output: Arc<ConsoleOutput>,
+    /// Where it goes to, until the writer has it.
+    out: Option<File>,
     /// Disconnected once all output is written.
-    written: Receiver<Infallible>,
+    written: Option<Receiver<Infallible>>,
     input: Option<Input>,
     terminal: Option<RawMode>,
 }
@@ -87,7 +89,8 @@ struct Input {
 }
 
 impl Console {
-    /// Puts COM1 on the bus and connects it. `None` where the guest has no serial port.
+    /// Puts COM1 on the bus and connects it, and its descriptors on the list of those that stay open. `None` where the
+    /// guest has no serial port.
     ///
     /// # Errors
     /// The output file cannot be written or is one of the VM's own, or a descriptor is missing.
@@ -96,6 +99,7 @@ impl Console {
         files: &BootFiles,
         vm: &Vm,
         ports: &mut Bus,
+        kept: &mut Kept,
     ) -> Result<Option<Self>, ConsoleError> {
         let out = match config {
             Serial::Null => return Ok(None),
@@ -104,7 +108,11 @@ impl Console {
         };
         let output = Arc::new(ConsoleOutput::default());
         let drained = new_event()?;
-        let (port, serial_input) = serial_port(vm.irqfd(SERIAL_GSI)?, output.clone(), drained.clone());
+        let interrupt = vm.irqfd(SERIAL_GSI)?;
+        kept.add("the serial port's output", &out);
+        kept.add("the serial port's interrupt", &interrupt);
+        kept.add("the serial port's input is used up", &*drained);
+        let (port, serial_input) = serial_port(interrupt, output.clone(), drained.clone());
         ports.insert("COM1", SERIAL_PORT.into(), SERIAL_LEN.into(), Arc::new(Mutex::new(port)))?;
         let stdin = match config {
             Serial::Stdio => stdin_kind(),
@@ -123,8 +131,21 @@ impl Console {
                 watching: false,
             }),
         };
-        let written = start_writer(output.clone(), out)?;
-        Ok(Some(Self { output, written, input, terminal: None }))
+        if let Some(input) = &input {
+            kept.add("the serial port's input", &input.stdin);
+        }
+        Ok(Some(Self { output, out: Some(out), written: None, input, terminal: None }))
+    }
+
+    /// Starts the confined thread that writes the output.
+    ///
+    /// # Errors
+    /// No thread can be had, or it cannot be confined.
+    pub fn start_writer(&mut self, confined: Confined) -> Result<(), SandboxError> {
+        if let Some(out) = self.out.take() {
+            self.written = Some(start_writer(self.output.clone(), out, confined)?);
+        }
+        Ok(())
     }
 
     /// Makes the terminal raw. Last of all, so that an error before it finds the terminal as it was.
@@ -148,7 +169,8 @@ impl Console {
     /// terminal back.
     pub fn finish(self) {
         self.output.close();
-        if self.written.recv_timeout(LAST_OUTPUT) == Err(RecvTimeoutError::Timeout) {
+        let written = self.written.map(|w| w.recv_timeout(LAST_OUTPUT));
+        if written == Some(Err(RecvTimeoutError::Timeout)) {
             log::warn!("nobody read the end of the console's output within {LAST_OUTPUT:?}: dropped");
         }
     }
@@ -176,9 +198,13 @@ fn open_output(path: &Path, files: &BootFiles) -> Result<File, ConsoleError> {
 
 /// Writes output in a thread of its own: a write may block for as long as a reader stalls (a terminal does so even
 /// where `poll` says that it has room), and neither the event loop nor the VM's end may wait for that.
-fn start_writer(output: Arc<ConsoleOutput>, out: File) -> io::Result<Receiver<Infallible>> {
+fn start_writer(
+    output: Arc<ConsoleOutput>,
+    out: File,
+    confined: Confined,
+) -> Result<Receiver<Infallible>, SandboxError> {
     let (writing, written) = mpsc::channel();
-    thread::Builder::new().name("console".into()).stack_size(STACK).spawn(move || {
+    confined.spawn(ThreadKind::Console, "console".into(), STACK, move || {
         while let Some(bytes) = output.take() {
             if let Err(e) = write_all(&out, &bytes) {
                 log::warn!("the console's output cannot be written ({e}): dropped from here on");

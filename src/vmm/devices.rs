@@ -12,6 +12,7 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
 };
+use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
 
 /// A virtio device cannot be part of the VM.
@@ -61,16 +62,21 @@ impl Devices {
         self,
         vm: &Vm,
         memory: &Memory,
-        bus: &mut Bus,
         vmm: &VmmThread,
+        bus: &mut Bus,
+        kept: &mut Kept,
     ) -> Result<(), DeviceError> {
         for (slot, device) in self.0 {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));
+            let notify: Vec<_> = notify.collect::<Result<_, _>>()?;
+            let line = vm.irqfd(slot.gsi)?;
+            notify.iter().for_each(|event| kept.add("a virtio device's notifications", &**event));
+            kept.add("a virtio device's interrupt", &line);
             let parts = TransportParts {
-                notify: notify.collect::<Result<_, _>>()?,
-                interrupt: Arc::new(Interrupt::new(vm.irqfd(slot.gsi)?)),
+                notify,
+                interrupt: Arc::new(Interrupt::new(line)),
                 memory: memory.clone(),
                 vmm: vmm.clone(),
                 device,

@@ -1,4 +1,4 @@
-//! Running a VM: resume, the event loop, and taking it all down.
+//! Running a VM: confine, resume, the event loop, and taking it all down.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,8 +16,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::bus::Action;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::Phase;
+use crate::sandbox::{Kept, SandboxError, ThreadKind};
 use crate::sys::signals::EndSignals;
-use crate::vcpu::VcpuEvent;
+use crate::vcpu::{VcpuEvent, VcpuThread};
 
 use super::builder::new_event;
 use super::console::ConsoleEvents;
@@ -35,6 +36,9 @@ pub enum RunError {
     /// The terminal.
     #[error("the terminal on standard input cannot be made raw")]
     Terminal(#[source] io::Error),
+    /// The process or a thread cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// A vCPU thread hangs.
     #[error("a vCPU did not stop within {STOP_BOUND:?}")]
     Stuck,
@@ -78,6 +82,18 @@ impl EventSources {
     /// What a vCPU writes to after it has sent an event.
     pub(super) fn wake(&self) -> Arc<EventFd> {
         self.wake.clone()
+    }
+
+    /// Puts the descriptors on the list of those that stay open.
+    pub(super) fn keep(&self, kept: &mut Kept) {
+        kept.add("signals", &self.signals.as_fd());
+        kept.add("wake-ups of the event loop", &*self.wake);
+        if let Some(jobs) = &self.jobs {
+            kept.add("wake-ups for devices", jobs.event());
+        }
+        if let Some(timer) = &self.timer {
+            kept.add("the time limit", timer);
+        }
     }
 
     pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
@@ -139,11 +155,19 @@ fn end_of(event: VcpuEvent) -> Option<End> {
     }
 }
 
-/// Runs the guest until something ends it, then takes the VM down.
+/// Confines this process, runs the guest until something ends it, then takes the VM down. The process stays confined.
 ///
 /// # Errors
-/// The event loop fails, or a vCPU hangs.
+/// It cannot be confined, the event loop fails, or a vCPU hangs.
 pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
+    // Before the first thread, so that each takes it over.
+    let confined = vmm.layers.confine_process(&vmm.kept, &[])?;
+    let vcpus = vmm.vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, vmm.reports.clone(), confined));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    if let Some(console) = &mut vmm.console {
+        console.start_writer(confined)?;
+    }
+
     let end = EndSlot::default();
     let failed = RunError::Loop;
     let console_output = vmm.console.as_ref().map(|c| c.output());
@@ -152,15 +176,17 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     // The console is taken back at the end, for the guest's last words.
     let console = vmm.console.take().map(|mut console| {
         console.enter_raw_mode().map_err(RunError::Terminal)?;
-        Ok(Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() })))
+        Ok::<_, RunError>(Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() })))
     });
     let console = console.transpose()?;
     if let Some(console) = &console {
         manager.add_subscriber(Box::new(console.clone()));
     }
+    // Last of all: the threads above have narrower filters of their own, which this one would be added to.
+    confined.confine_thread(ThreadKind::Vmm)?;
 
     vmm.timeline.mark(Phase::FirstRun);
-    vmm.vcpus.iter().for_each(|v| v.resume());
+    vcpus.iter().for_each(|v| v.resume());
     let reason = loop {
         match manager.run() {
             Ok(_) => {}
@@ -174,7 +200,7 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     };
     vmm.timeline.mark(Phase::End);
 
-    vmm.vcpus.iter().for_each(|v| v.stop());
+    vcpus.iter().for_each(|v| v.stop());
     if let Some(output) = console_output {
         output.close();
     }
@@ -182,7 +208,7 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     drop(manager);
     let deadline = Instant::now() + STOP_BOUND;
     // Each is waited for, also after one that hangs.
-    let stuck = vmm.vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
+    let stuck = vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
     }

@@ -1,0 +1,63 @@
+//! Landlock: no path, no TCP port, no process outside, whatever the system calls are.
+
+use std::path::PathBuf;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
+};
+
+use super::{Lack, SandboxError, layer};
+
+/// The newest interface whose every right is asked for (Linux 6.12); an older kernel enforces what it knows of it.
+const NEWEST: ABI = ABI::V6;
+
+/// What each version of the interface brought (Linux, `Documentation/userspace-api/landlock.rst`).
+const FEATURES: [(u32, Lack); 5] = [
+    (1, Lack { what: "Landlock", since: "5.13, with landlock in its lsm= list" }),
+    (3, Lack { what: "Landlock's truncation rules", since: "6.2" }),
+    (4, Lack { what: "Landlock's TCP rules", since: "6.7" }),
+    (5, Lack { what: "Landlock's device rules", since: "6.10" }),
+    (6, Lack { what: "Landlock's rules for signals and abstract sockets", since: "6.12" }),
+];
+
+/// What version `abi` lacks. Where there is no Landlock at all, that alone.
+pub(super) fn lacks(abi: u32) -> impl Iterator<Item = Lack> {
+    let count = if abi == 0 { 1 } else { usize::MAX };
+    FEATURES.into_iter().filter(move |(since, _)| *since > abi).map(|(_, lack)| lack).take(count)
+}
+
+/// A folder in which entries may still be removed; nothing else is allowed in it.
+#[derive(Clone, Debug)]
+pub struct Folder(
+    /// Its path.
+    pub PathBuf,
+);
+
+/// Takes every right away from this thread and those that it starts, but for `folders`.
+pub(super) fn restrict(folders: &[Folder]) -> Result<(), SandboxError> {
+    let failed = layer("restrict itself by Landlock");
+    let mut rules = Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(|rules| rules.handle_access(AccessNet::from_all(NEWEST)))
+        .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
+        .and_then(Ruleset::create)
+        .map_err(&failed)?;
+    for Folder(path) in folders {
+        let folder = PathFd::new(path).map_err(layer("open a folder for Landlock"))?;
+        rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile)).map_err(&failed)?;
+    }
+    rules.restrict_self().map_err(&failed)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_version_lacks_what_came_later() {
+        assert_eq!(lacks(0).map(|l| l.what).collect::<Vec<_>>(), ["Landlock"]);
+        assert_eq!(lacks(2).count(), 4);
+        assert_eq!((lacks(6).count(), lacks(9).count()), (0, 0));
+    }
+}

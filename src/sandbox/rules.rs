@@ -1,0 +1,213 @@
+//! The system calls that each kind of thread may make, each line with its reason. `docs/security.md` has these tables
+//! word for word, which is a test.
+//!
+//! A new kind of thread is a variant of [`ThreadKind`], a table here and its filter in `seccomp.rs`. A thread that the
+//! VMM thread starts while the guest runs, as a device's worker, has the VMM thread's filter *and* its own: what a worker
+//! needs must stand in both.
+
+use super::bpf::{Check, Rule, allow, allow_if, fails};
+
+/// A kind of thread; each may make other system calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// Runs the event loop, activates devices, starts their workers.
+    Vmm,
+    /// Runs the guest.
+    Vcpu,
+    /// Writes out what the guest prints.
+    Console,
+}
+
+impl ThreadKind {
+    /// Every kind.
+    pub const ALL: [Self; 3] = [Self::Vmm, Self::Vcpu, Self::Console];
+
+    /// Its tables. Each call stands in one of them only.
+    pub(super) const fn tables(self) -> &'static [&'static [Rule]] {
+        match self {
+            Self::Vmm => &[COMMON, VMM, WORKERS],
+            Self::Vcpu => &[COMMON, VCPU],
+            Self::Console => &[COMMON, CONSOLE],
+        }
+    }
+}
+
+// Requests of ioctl(2): Linux, `include/uapi/linux/kvm.h`, `include/uapi/linux/if_tun.h`,
+// `include/uapi/asm-generic/ioctls.h`.
+const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
+const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
+const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
+const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
+const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
+const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
+const FIONBIO: (&str, u32) = ("FIONBIO", 0x5421);
+const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
+const TCSETS2: (&str, u32) = ("TCSETS2", 0x402c_542b);
+
+const NOT_EXECUTABLE: &[Check] = &[Check::Without(2, "protection", ("PROT_EXEC", libc::PROT_EXEC as u32))];
+
+/// `CLONE_VM`, `CLONE_FS`, `CLONE_FILES`, `CLONE_SIGHAND`, `CLONE_THREAD`, `CLONE_SYSVSEM`, `CLONE_SETTLS`,
+/// `CLONE_PARENT_SETTID`, `CLONE_CHILD_CLEARTID`: what glibc and musl pass for a thread. Any other set is no thread of
+/// ours.
+const THREAD: (&str, u32) = ("those of a thread", 0x003d_0f00);
+
+/// What every thread needs for being one of a Rust program with glibc.
+pub(super) const COMMON: &[Rule] = &[
+    allow(libc::SYS_read, "event descriptors, standard input, device files"),
+    allow(libc::SYS_write, "event descriptors, the console, the log, the line about a refused call"),
+    allow(libc::SYS_close, "descriptors that are dropped"),
+    allow_if(
+        libc::SYS_fcntl,
+        &[Check::Is(1, "command", &[("F_GETFD", libc::F_GETFD as u32)])],
+        "debug builds check a descriptor before they close it",
+    ),
+    allow(libc::SYS_futex, "locks, channels, waiting for a thread's end"),
+    allow(libc::SYS_sched_yield, "locks and channels that spin"),
+    allow(libc::SYS_restart_syscall, "a wait that SIGSTOP interrupted goes on"),
+    allow(libc::SYS_clock_gettime, "time limits, where the kernel's vDSO cannot tell the time"),
+    allow(libc::SYS_getrandom, "keys of hash tables"),
+    allow(libc::SYS_brk, "malloc"),
+    allow_if(libc::SYS_mmap, NOT_EXECUTABLE, "malloc, stacks; never code"),
+    allow_if(libc::SYS_mprotect, NOT_EXECUTABLE, "malloc, stacks; never code"),
+    allow(libc::SYS_munmap, "malloc, stacks, guest memory at the end"),
+    allow(libc::SYS_mremap, "realloc; it keeps the protection"),
+    allow_if(
+        libc::SYS_madvise,
+        &[Check::Is(
+            2,
+            "advice",
+            &[
+                ("MADV_DONTNEED", libc::MADV_DONTNEED as u32),
+                ("MADV_FREE", libc::MADV_FREE as u32),
+                ("MADV_REMOVE", libc::MADV_REMOVE as u32),
+            ],
+        )],
+        "malloc and stacks give memory back, and so does a balloon",
+    ),
+    allow(libc::SYS_rt_sigreturn, "return from the kick's handler"),
+    allow(libc::SYS_rt_sigprocmask, "kicking and starting a thread, abort"),
+    allow_if(
+        libc::SYS_rt_sigaction,
+        &[Check::Is(
+            0,
+            "signal",
+            &[
+                ("SIGABRT", libc::SIGABRT as u32),
+                ("SIGSEGV", libc::SIGSEGV as u32),
+                ("SIGBUS", libc::SIGBUS as u32),
+            ],
+        )],
+        "abort, and a crash that ends as one",
+    ),
+    allow(libc::SYS_sigaltstack, "Rust's stack for overflows is set up and taken down with its thread"),
+    allow(libc::SYS_getpid, "glibc's abort and pthread_kill"),
+    allow(libc::SYS_gettid, "glibc's abort, the name of a thread that overflows"),
+    allow_if(libc::SYS_tgkill, &[Check::OwnProcess(0)], "the kick of a vCPU, abort"),
+    allow(
+        libc::SYS_sched_getaffinity,
+        "glibc counts processors for its malloc and finds the stack of a thread",
+    ),
+    allow(libc::SYS_exit, "the end of a thread"),
+    allow(libc::SYS_exit_group, "the end of the process, also upon a refused call"),
+];
+
+/// The event loop, and what it does for devices.
+pub(super) const VMM: &[Rule] = &[
+    allow(libc::SYS_epoll_wait, "the event loop"),
+    allow(libc::SYS_epoll_ctl, "the event loop's descriptors come and go"),
+    allow(libc::SYS_poll, "is there input, is there room for output"),
+    allow(libc::SYS_ppoll, "is there input, is there room for output"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[KVM_IOEVENTFD, KVM_IRQFD, TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
+        "notifications and interrupts of a device that is activated; the terminal as it was; a tap's offloads; \
+         sockets that do not block",
+    ),
+    allow_if(libc::SYS_clone, &[Check::Is(0, "flags", &[THREAD])], "threads of devices; never a process"),
+    fails(libc::SYS_clone3, libc::ENOSYS, "its flags cannot be seen here; glibc goes back to clone"),
+    allow(libc::SYS_rseq, "glibc registers it for a new thread"),
+    allow(libc::SYS_set_robust_list, "glibc registers it for a new thread"),
+    allow_if(
+        libc::SYS_prctl,
+        &[Check::Is(
+            0,
+            "option",
+            &[
+                ("PR_GET_NAME", libc::PR_GET_NAME as u32),
+                ("PR_SET_NAME", libc::PR_SET_NAME as u32),
+                ("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS as u32),
+            ],
+        )],
+        "the name of a new thread, and of one whose call is refused; seccompiler sets no_new_privs with each filter",
+    ),
+    allow_if(
+        libc::SYS_seccomp,
+        &[Check::Is(0, "operation", &[("SECCOMP_SET_MODE_FILTER", libc::SECCOMP_SET_MODE_FILTER)])],
+        "a new thread confines itself further",
+    ),
+];
+
+/// What the workers of devices need: the VMM thread starts them, so it must be allowed the same.
+pub(super) const WORKERS: &[Rule] = &[
+    allow(libc::SYS_readv, "a tap or a socket into guest memory"),
+    allow(libc::SYS_writev, "guest memory to a tap or a socket"),
+    allow(libc::SYS_pread64, "an image; KVM's exit counters"),
+    allow(libc::SYS_pwrite64, "an image"),
+    allow(libc::SYS_preadv, "an image into guest memory"),
+    allow(libc::SYS_pwritev, "guest memory to an image"),
+    allow(libc::SYS_fsync, "a guest's flush"),
+    allow(libc::SYS_fdatasync, "a guest's flush"),
+    allow(libc::SYS_fallocate, "a guest's discard and write of zeroes"),
+    allow(
+        libc::SYS_io_uring_enter,
+        "images by io_uring; a ring is made and restricted before confinement only",
+    ),
+    allow(libc::SYS_sendto, "a socket"),
+    allow(libc::SYS_recvfrom, "a socket"),
+    allow(libc::SYS_sendmsg, "a socket from pieces of guest memory"),
+    allow(libc::SYS_recvmsg, "a socket into pieces of guest memory"),
+    allow(libc::SYS_accept4, "a client of the control socket, a host's program at a vsock"),
+    allow_if(
+        libc::SYS_socket,
+        &[Check::Is(0, "family", &[("AF_UNIX", libc::AF_UNIX as u32)])],
+        "a guest's vsock connection to a program of the host; never the network",
+    ),
+    allow(libc::SYS_connect, "the same; there are Unix sockets alone to connect"),
+    allow(libc::SYS_shutdown, "a half-closed vsock connection"),
+    allow(libc::SYS_eventfd2, "a worker's wake-up"),
+    allow(libc::SYS_timerfd_create, "a rate limit's refill"),
+    allow(libc::SYS_timerfd_settime, "a rate limit's refill"),
+    allow(libc::SYS_epoll_create1, "a worker's event loop"),
+];
+
+const VCPU: &[Rule] = &[
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE, TCSETS, TCSETS2])],
+        "runs the guest; says where it was when KVM gave up on it; a panic gives the terminal back",
+    ),
+    allow_if(
+        libc::SYS_process_vm_readv,
+        &[Check::OwnProcess(0)],
+        "reads the guest's instruction where its page may be gone, when KVM gave up on it",
+    ),
+    allow(libc::SYS_pread64, "KVM's exit counters, at the guest's marks"),
+    PRCTL_GET_NAME,
+];
+
+const CONSOLE: &[Rule] = &[
+    allow(libc::SYS_poll, "is there room for output"),
+    allow(libc::SYS_ppoll, "is there room for output"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+const PRCTL_GET_NAME: Rule = allow_if(
+    libc::SYS_prctl,
+    &[Check::Is(0, "option", &[("PR_GET_NAME", libc::PR_GET_NAME as u32)])],
+    "the name of a thread whose call is refused",
+);
