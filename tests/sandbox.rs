@@ -257,7 +257,7 @@ fn victim() {
         // As a device's worker: started when the VMM thread is confined.
         "worker" => {
             confined.confine_thread(ThreadKind::Vmm).unwrap();
-            in_thread(confined, ThreadKind::Vmm, thread, run);
+            in_thread(confined, ThreadKind::Worker, thread, run);
         }
         "late" => {
             confined.confine_thread(ThreadKind::Vmm).unwrap();

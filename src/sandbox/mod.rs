@@ -138,7 +138,7 @@ impl Layers {
     /// A layer that the host has fails.
     pub fn confine_process(self, kept: &Kept, folders: &[Folder]) -> Result<Confined, SandboxError> {
         if !self.on {
-            return Ok(Confined { filters: false });
+            return Ok(Confined::not());
         }
         privileges::forbid_new()?;
         if self.close_range {
@@ -178,6 +178,12 @@ pub struct Confined {
 }
 
 impl Confined {
+    /// Nothing is confined: `--sandbox off`, and tests of devices alone.
+    #[must_use]
+    pub const fn not() -> Self {
+        Self { filters: false }
+    }
+
     /// Confines the calling thread to the system calls of `kind`, for good. Threads that it starts later are confined
     /// to the same and can only be confined further.
     ///

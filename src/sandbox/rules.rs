@@ -16,11 +16,13 @@ pub enum ThreadKind {
     Vcpu,
     /// Writes out what the guest prints.
     Console,
+    /// Serves a virtio device.
+    Worker,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 3] = [Self::Vmm, Self::Vcpu, Self::Console];
+    pub const ALL: [Self; 4] = [Self::Vmm, Self::Vcpu, Self::Console, Self::Worker];
 
     /// Its tables. Each call stands in one of them only.
     pub(super) const fn tables(self) -> &'static [&'static [Rule]] {
@@ -28,6 +30,7 @@ impl ThreadKind {
             Self::Vmm => &[COMMON, VMM, WORKERS],
             Self::Vcpu => &[COMMON, VCPU],
             Self::Console => &[COMMON, CONSOLE],
+            Self::Worker => &[COMMON, WORKERS, WORKER],
         }
     }
 }
@@ -202,6 +205,18 @@ const CONSOLE: &[Rule] = &[
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
         "a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// What a device's worker needs that stands in the VMM thread's own table, too.
+const WORKER: &[Rule] = &[
+    allow(libc::SYS_epoll_wait, "a worker's event loop"),
+    allow(libc::SYS_epoll_ctl, "a worker's descriptors come and go"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
+        "a tap's offloads; sockets that do not block; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -7,12 +7,14 @@ use super::{SandboxError, layer};
 static VMM: Program = Program::new(ThreadKind::Vmm.tables());
 static VCPU: Program = Program::new(ThreadKind::Vcpu.tables());
 static CONSOLE: Program = Program::new(ThreadKind::Console.tables());
+static WORKER: Program = Program::new(ThreadKind::Worker.tables());
 
 fn program(kind: ThreadKind) -> &'static Program {
     match kind {
         ThreadKind::Vmm => &VMM,
         ThreadKind::Vcpu => &VCPU,
         ThreadKind::Console => &CONSOLE,
+        ThreadKind::Worker => &WORKER,
     }
 }
 
@@ -197,7 +199,8 @@ mod tests {
         for (title, table) in [
             ("Every thread", COMMON),
             ("VMM thread", VMM_RULES),
-            ("VMM thread, for the workers of devices", WORKERS),
+            ("VMM thread, for the workers of devices, and these", WORKERS),
+            ("Workers of devices", ThreadKind::Worker.tables()[2]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),
         ] {

@@ -16,7 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::bus::Action;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::Phase;
-use crate::sandbox::{Kept, SandboxError, ThreadKind};
+use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
 use crate::sys::signals::EndSignals;
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
@@ -109,6 +109,7 @@ impl EventSources {
 struct EndEvents {
     sources: EventSources,
     end: EndSlot,
+    confined: Confined,
 }
 
 impl MutEventSubscriber for EndEvents {
@@ -136,7 +137,7 @@ impl MutEventSubscriber for EndEvents {
         } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
             self.end.set(End::Timeout);
         } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
-            jobs.run_all();
+            jobs.run_all(self.confined);
         } else if let Some(number) = sources.signals.take() {
             self.end.set(End::Signal(number));
         }
@@ -172,7 +173,7 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     let failed = RunError::Loop;
     let console_output = vmm.console.as_ref().map(|c| c.output());
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-    manager.add_subscriber(Box::new(EndEvents { sources: vmm.events, end: end.clone() }));
+    manager.add_subscriber(Box::new(EndEvents { sources: vmm.events, end: end.clone(), confined }));
     // The console is taken back at the end, for the guest's last words.
     let console = vmm.console.take().map(|mut console| {
         console.enter_raw_mode().map_err(RunError::Terminal)?;

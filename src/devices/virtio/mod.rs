@@ -18,6 +18,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sandbox::{Confined, SandboxError};
 use crate::vm::Memory;
 
 pub use chain::{Chain, Segment, slice};
@@ -61,6 +62,8 @@ pub struct Activation {
     pub interrupt: Arc<Interrupt>,
     /// The queues that the driver has set up, by index.
     pub queues: Vec<ActiveQueue>,
+    /// How a thread of the device is confined.
+    pub confined: Confined,
 }
 
 /// A queue that the driver has set up.
@@ -89,6 +92,9 @@ pub enum ActivateError {
     /// The host has no thread or descriptor left.
     #[error("the host refuses a resource")]
     Host(#[from] std::io::Error),
+    /// No thread, or none that is confined.
+    #[error(transparent)]
+    Thread(#[from] SandboxError),
 }
 
 /// A virtio device. All methods but `activate` are called by a vCPU's thread, one at a time.

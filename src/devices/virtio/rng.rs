@@ -59,7 +59,7 @@ impl VirtioDevice for Rng {
             interrupt: activation.interrupt,
             chain: Chain::default(),
         };
-        self.worker = Some(Worker::start(NAME, worker)?);
+        self.worker = Some(Worker::start(NAME, activation.confined, worker)?);
         Ok(())
     }
 

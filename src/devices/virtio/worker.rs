@@ -3,10 +3,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::sandbox::{Confined, ThreadKind};
+
+use super::ActivateError;
 
 /// What a device's thread does, event by event.
 pub trait Served: Send + 'static {
@@ -27,15 +31,15 @@ const BATCH: usize = 16;
 /// A running device's thread. [`Worker::stop`] ends it and gives the device's state back.
 pub struct Worker<S> {
     stop: Arc<EventFd>,
-    thread: JoinHandle<S>,
+    thread: JoinHandle<Option<S>>,
 }
 
 impl<S: Served> Worker<S> {
-    /// Starts a thread named `name` that serves `state`.
+    /// Starts a thread named `name` that serves `state`, confined before it does.
     ///
     /// # Errors
-    /// The host has no thread or descriptor left.
-    pub fn start(name: &str, mut state: S) -> io::Result<Self> {
+    /// The host has no thread or descriptor left, or cannot confine it.
+    pub fn start(name: &str, confined: Confined, mut state: S) -> Result<Self, ActivateError> {
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let epoll = Epoll::new()?;
         let watch = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
@@ -44,7 +48,7 @@ impl<S: Served> Worker<S> {
             watch(fd, set, token)?;
         }
         let stop_event = stop.clone();
-        let thread = thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || {
+        let thread = confined.spawn(ThreadKind::Worker, name.into(), STACK, move || {
             serve(&mut state, &epoll);
             drop(stop_event);
             state
@@ -55,7 +59,7 @@ impl<S: Served> Worker<S> {
     /// Ends the thread and waits for it. `None`: it panicked, and its state is lost.
     pub fn stop(self) -> Option<S> {
         let _ = self.stop.write(1);
-        self.thread.join().ok()
+        self.thread.join().ok().flatten()
     }
 }
 

@@ -188,15 +188,11 @@ impl Transport {
             Err(e) => return self.interrupt.needs_reset(self.name(), &e),
         };
         let Some(mut device) = self.device.take() else { return };
-        let activation = Activation {
-            memory: self.memory.clone(),
-            features: self.accepted,
-            interrupt: self.interrupt.clone(),
-            queues,
-        };
+        let (memory, interrupt) = (self.memory.clone(), self.interrupt.clone());
+        let features = self.accepted;
         // A VM that is being stopped has nobody to do it; then the device is gone, and so is its guest.
-        let Some((device, result)) = self.vmm.run(move || {
-            let result = device.activate(activation);
+        let Some((device, result)) = self.vmm.run(move |confined| {
+            let result = device.activate(Activation { memory, features, interrupt, queues, confined });
             (device, result)
         }) else {
             return;
@@ -208,8 +204,8 @@ impl Transport {
     }
 
     fn refuse(&self, error: &ActivateError) {
-        if let ActivateError::Host(e) = error {
-            log::warn!("{}: cannot start: {e}", self.name());
+        if matches!(error, ActivateError::Host(_) | ActivateError::Thread(_)) {
+            log::warn!("{}: cannot start: {error}", self.name());
         }
         self.interrupt.needs_reset(self.name(), error);
     }

@@ -9,7 +9,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::EventFd;
 
-type Job = Box<dyn FnOnce() + Send>;
+use crate::sandbox::Confined;
+
+type Job = Box<dyn FnOnce(Confined) + Send>;
 
 /// The vCPU's end.
 #[derive(Clone)]
@@ -44,12 +46,12 @@ impl VmmThread {
     }
 
     /// Has `job` done, and waits for its result. `None`: the VM is being stopped.
-    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-        let Some(jobs) = &self.jobs else { return Some(job()) };
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce(Confined) -> T + Send + 'static) -> Option<T> {
+        let Some(jobs) = &self.jobs else { return Some(job(Confined::not())) };
         let (sender, result) = mpsc::channel();
-        let job = Box::new(move || {
+        let job = Box::new(move |confined| {
             // The caller waits, unless its thread has died.
-            let _ = sender.send(job());
+            let _ = sender.send(job(confined));
         });
         jobs.send(job).ok()?;
         let _ = self.wake.write(1);
@@ -64,9 +66,9 @@ impl VmmThreadJobs {
         &self.wake
     }
 
-    /// Does all jobs that wait.
-    pub fn run_all(&self) {
+    /// Does all jobs that wait. What they start is `confined`, too.
+    pub fn run_all(&self, confined: Confined) {
         let _ = self.wake.read();
-        self.jobs.try_iter().for_each(|job| job());
+        self.jobs.try_iter().for_each(|job| job(confined));
     }
 }
