@@ -106,6 +106,8 @@ macro_rules! attacks {
 
 /// What no thread may do.
 const ATTACKS: &[Attack] = attacks! {
+    notification: "ioctl" => call(libc::SYS_ioctl, [-1, 0x4040_ae79, 0]);
+    interrupt: "ioctl" => call(libc::SYS_ioctl, [-1, 0x4020_ae76, 0]);
     open_passwd: "openat" => call(libc::SYS_openat, [CWD, text(c"/etc/passwd"), libc::O_RDONLY.into()]);
     open_the_old_way: "open" => call(libc::SYS_open, [text(c"/etc/passwd"), libc::O_RDONLY.into()]);
     open_in_a_new_way: "openat2" => call(libc::SYS_openat2, [CWD, text(c"/etc/passwd"), [0_u64; 3].as_ptr() as c_long, 24]);
@@ -202,8 +204,6 @@ const WORK: &[Attack] = attacks! {
     epoll: "" => call(libc::SYS_epoll_create1, [0]);
     watch: "" => call(libc::SYS_epoll_ctl, [-1, 0, 0, 0]);
     give_back: "" => call(libc::SYS_madvise, [0, 0, libc::MADV_REMOVE.into()]);
-    notify: "" => call(libc::SYS_ioctl, [-1, 0x4040_ae79, 0]);
-    interrupt: "" => call(libc::SYS_ioctl, [-1, 0x4020_ae76, 0]);
     offloads: "" => call(libc::SYS_ioctl, [-1, 0x4004_54d0, 0]);
 };
 

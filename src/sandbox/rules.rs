@@ -40,8 +40,6 @@ impl ThreadKind {
 const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
-const KVM_IRQFD: (&str, u32) = ("KVM_IRQFD", 0x4020_ae76);
-const KVM_IOEVENTFD: (&str, u32) = ("KVM_IOEVENTFD", 0x4040_ae79);
 const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
 const FIONBIO: (&str, u32) = ("FIONBIO", 0x5421);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
@@ -122,9 +120,8 @@ pub(super) const VMM: &[Rule] = &[
     allow(libc::SYS_ppoll, "is there input, is there room for output"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[KVM_IOEVENTFD, KVM_IRQFD, TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
-        "notifications and interrupts of a device that is activated; the terminal as it was; a tap's offloads; \
-         sockets that do not block",
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
+        "the terminal as it was; a tap's offloads; sockets that do not block",
     ),
     allow_if(libc::SYS_clone, &[Check::Is(0, "flags", &[THREAD])], "threads of devices; never a process"),
     fails(libc::SYS_clone3, libc::ENOSYS, "its flags cannot be seen here; glibc goes back to clone"),
