@@ -1,5 +1,7 @@
 //! The operating system's sharp edges, each behind a safe function.
 
+pub mod file_io;
 pub mod mapping;
 pub mod signals;
 pub mod terminal;
+pub mod uring;

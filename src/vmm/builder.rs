@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
-use crate::arch::x86_64::cmdline::{CmdlineConfig, command_line};
+use crate::arch::x86_64::cmdline::{CmdlineConfig, ROOT, ROOT_READ_ONLY, command_line};
 use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::layout::VirtioSlot;
@@ -97,7 +97,8 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let files = BootFiles::open(&config.kernel)?;
     let devices = Devices::open(config)?;
     let slots = Slots::of(&devices, config.discovery);
-    let cmdline_config = CmdlineConfig { serial, cpus: config.cpus, virtio: &slots.cmdline };
+    let cmdline_config =
+        CmdlineConfig { serial, cpus: config.cpus, root: root(config), virtio: &slots.cmdline };
     let cmdline = command_line(&config.kernel, cmdline_config)?;
 
     let host = HostKvm::open(kvm_device)?;
@@ -143,6 +144,12 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let threads = vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, reports.clone()));
     let vcpus = threads.collect::<Result<_, _>>()?;
     Ok(Vmm { vcpus, events, console, timeline, vm, memory })
+}
+
+/// What tells the kernel of its root file system.
+fn root(config: &VmConfig) -> Option<&'static str> {
+    let disk = config.disks.first().filter(|_| config.root)?;
+    Some(if disk.readonly { ROOT_READ_ONLY } else { ROOT })
 }
 
 /// The command line with its NUL.

@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
 use crate::config::VmConfig;
+use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -20,6 +21,9 @@ pub enum DeviceError {
     /// More than there are interrupts.
     #[error("the VM has {0} virtio devices, and there is room for {MAX_VIRTIO_DEVICES}: leave some out")]
     TooMany(usize),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -41,6 +45,9 @@ impl Devices {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         if config.rng {
             devices.push(Box::new(Rng::default()));
+        }
+        for (place, disk) in config.disks.iter().enumerate() {
+            devices.push(Box::new(Block::open(disk, place, config.cpus)?));
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
