@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, Load, MemoryConfig, Sandbox, Serial, VmConfig};
+use crate::config::{Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -36,6 +36,7 @@ Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
+  microvm boot --kernel vmlinux --disk root.img --root --disk data.img,readonly
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
@@ -79,6 +80,14 @@ pub struct BootArgs {
     /// A source of random numbers for the guest (virtio-rng): on or off [default: on]
     #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
     rng: Option<bool>,
+    /// A disk: a raw image or a block device; again for more. Behind it ,readonly ,id=ID ,direct
+    /// ,engine=uring|threads ,iops=N and ,bandwidth=SIZE (see docs/devices.md)
+    #[arg(long, value_name = "PATH[,OPTION…]", value_parser = OsStringValueParser::new().try_map(|text| DiskConfig::parse(&text)))]
+    disk: Vec<DiskConfig>,
+    /// The first disk is the guest's root file system: `root=/dev/vda rw` on the kernel's command line, or `ro` if it
+    /// is read-only
+    #[arg(long)]
+    root: bool,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -222,6 +231,10 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
     config.rng = args.rng.unwrap_or(config.rng);
+    if !args.disk.is_empty() {
+        config.disks = args.disk;
+    }
+    config.root |= args.root;
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens a file or knows a KVM type.
 
+mod disk;
 mod memory;
 mod size;
 
@@ -11,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use size::{ParseSizeError, Size};
 
@@ -44,6 +46,12 @@ pub struct VmConfig {
     /// Give the guest a source of random numbers (virtio-rng).
     #[serde(default = "default_rng")]
     pub rng: bool,
+    /// Its disks, in the order in which the guest finds them: `vda`, `vdb`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+    /// The first disk holds the root file system.
+    #[serde(default)]
+    pub root: bool,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -170,6 +178,37 @@ pub enum ConfigError {
     /// A zero timeout would stop the VM before it starts.
     #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
     ZeroTimeout,
+    /// A disk's name.
+    #[error(
+        "--disk {path} id={id:?}: a name has 1 to {MAX_DISK_ID} letters, digits, dots, dashes and underscores"
+    )]
+    DiskId {
+        /// The disk.
+        path: PathBuf,
+        /// Its name.
+        id: String,
+    },
+    /// Two disks of one name.
+    #[error("--disk {path}: another disk has the name {id}: give it one of its own (id=NAME)")]
+    DiskTwice {
+        /// The second disk.
+        path: PathBuf,
+        /// The name.
+        id: String,
+    },
+    /// A limit that lets nothing through.
+    #[error(
+        "--disk {path} {option}=0: nothing would ever be read; allowed is 1 or more, or leave it out for no limit"
+    )]
+    DiskLimit {
+        /// The disk.
+        path: PathBuf,
+        /// The limit.
+        option: &'static str,
+    },
+    /// A root file system on no disk.
+    #[error("--root: the VM has no disk: give one with --disk PATH, or leave the flag out")]
+    RootWithoutDisk,
     /// The kernel's timers count nanoseconds in 63 bits.
     #[error("--timeout is longer than a year: leave the flag out for no limit")]
     LongTimeout,
@@ -196,6 +235,8 @@ impl VmConfig {
             timeout: None,
             exit_code_port: None,
             rng: default_rng(),
+            disks: Vec::new(),
+            root: false,
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -228,6 +269,7 @@ impl VmConfig {
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
         }
+        disk::validate(&self.disks, self.root)?;
         self.memory.validate()
     }
 }
@@ -292,6 +334,8 @@ mod tests {
         c.serial = Serial::File("out.log".into());
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         c.sandbox = Sandbox::Strict;
+        c.disks = vec![DiskConfig::new("root.img".into())];
+        c.root = true;
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
     }

@@ -155,6 +155,8 @@ pub(super) const WORKERS: &[Rule] = &[
     allow(libc::SYS_pwrite64, "an image"),
     allow(libc::SYS_preadv, "an image into guest memory"),
     allow(libc::SYS_pwritev, "guest memory to an image"),
+    allow(libc::SYS_preadv2, "an image into guest memory"),
+    allow(libc::SYS_pwritev2, "guest memory to an image, also through its cache"),
     allow(libc::SYS_fsync, "a guest's flush"),
     allow(libc::SYS_fdatasync, "a guest's flush"),
     allow(libc::SYS_fallocate, "a guest's discard and write of zeroes"),

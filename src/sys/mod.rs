@@ -1,8 +1,10 @@
 //! The operating system's sharp edges, each behind a safe function.
 
 pub mod confinement;
+pub mod file_io;
 pub mod mapping;
 pub mod signals;
 pub mod syscalls;
 pub mod terminal;
+pub mod uring;
 pub mod violation;

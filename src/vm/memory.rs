@@ -15,6 +15,7 @@ use vm_memory::{
 use crate::arch::x86_64::memory_map::ram_ranges;
 use crate::config::{Backing, HugePages, MemoryConfig, Size};
 use crate::sandbox::Kept;
+use crate::sys::file_io::Pinned;
 use crate::sys::mapping::{self, Mapping};
 
 const PAGE: u64 = 4096;
@@ -200,6 +201,15 @@ impl Memory {
             return Err(outside().into());
         }
         mapping.replace(inside as usize, len as usize, file, offset).map_err(LoadError::Map)
+    }
+}
+
+// SAFETY: regions are never unmapped or replaced by another kind of memory while a clone of `Memory` lives (a file that
+// is mapped over a part keeps it mapped with the same protection), and guest memory is only reached by raw pointers.
+unsafe impl Pinned for Memory {
+    fn address(&self, at: u64, len: usize) -> Option<*mut u8> {
+        let slice = self.guest().get_slice(GuestAddress(at), len).ok()?;
+        Some(slice.ptr_guard_mut().as_ptr())
     }
 }
 

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
-use crate::arch::x86_64::cmdline::{CmdlineConfig, command_line};
+use crate::arch::x86_64::cmdline::{CmdlineConfig, ROOT, ROOT_READ_ONLY, command_line};
 use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::layout::VirtioSlot;
@@ -102,7 +102,8 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let files = BootFiles::open(&config.kernel)?;
     let devices = Devices::open(config)?;
     let slots = Slots::of(&devices, config.discovery);
-    let cmdline_config = CmdlineConfig { serial, cpus: config.cpus, virtio: &slots.cmdline };
+    let cmdline_config =
+        CmdlineConfig { serial, cpus: config.cpus, root: root(config), virtio: &slots.cmdline };
     let cmdline = command_line(&config.kernel, cmdline_config)?;
 
     let host = HostKvm::open(kvm_device)?;
@@ -158,6 +159,12 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     memory.keep(&mut kept);
     vcpus.iter().for_each(|vcpu| vcpu.keep(&mut kept));
     Ok(Vmm { vcpus, reports, events, console, timeline, vm, memory, layers, kept })
+}
+
+/// What tells the kernel of its root file system.
+fn root(config: &VmConfig) -> Option<&'static str> {
+    let disk = config.disks.first().filter(|_| config.root)?;
+    Some(if disk.readonly { ROOT_READ_ONLY } else { ROOT })
 }
 
 /// The command line with its NUL.

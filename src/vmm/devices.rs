@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
 use crate::config::VmConfig;
+use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -21,6 +22,9 @@ pub enum DeviceError {
     /// More than there are interrupts.
     #[error("the VM has {0} virtio devices, and there is room for {MAX_VIRTIO_DEVICES}: leave some out")]
     TooMany(usize),
+    /// A disk.
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -42,6 +46,9 @@ impl Devices {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         if config.rng {
             devices.push(Box::new(Rng::default()));
+        }
+        for (place, disk) in config.disks.iter().enumerate() {
+            devices.push(Box::new(Block::open(disk, place, config.cpus)?));
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
@@ -74,6 +81,7 @@ impl Devices {
             let line = vm.irqfd(slot.gsi)?;
             notify.iter().for_each(|event| kept.add("a virtio device's notifications", &**event));
             kept.add("a virtio device's interrupt", &line);
+            device.keep(kept);
             let parts = TransportParts {
                 notify,
                 interrupt: Arc::new(Interrupt::new(line)),

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -85,6 +86,8 @@ impl Host {
     pub fn microvm<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        // SAFETY: system calls alone, which is all that is allowed between fork and exec.
+        unsafe { command.pre_exec(heed_signals) };
         command
     }
 
@@ -112,6 +115,16 @@ impl Host {
         all.sort();
         all
     }
+}
+
+/// Whoever runs the tests may ignore signals, as a shell does for what it puts in the background, and microvm keeps to
+/// that.
+fn heed_signals() -> std::io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: the default action runs no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    Ok(())
 }
 
 pub fn stderr(output: &Output) -> String {

@@ -38,6 +38,11 @@ pub const ONE_CPU: (&str, &str) = (
     "lock prefixes stay: the kernel would patch thousands of places of its text to drop them",
 );
 
+/// The root file system is on the first disk.
+pub const ROOT: &str = "root=/dev/vda rw";
+/// As [`ROOT`], on a disk that cannot be written.
+pub const ROOT_READ_ONLY: &str = "root=/dev/vda ro";
+
 /// What the command line tells of the machine.
 #[derive(Clone, Copy, Debug)]
 pub struct CmdlineConfig<'a> {
@@ -45,6 +50,8 @@ pub struct CmdlineConfig<'a> {
     pub serial: bool,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// What tells of the root file system, where it is on a disk.
+    pub root: Option<&'static str>,
     /// The virtio-mmio devices to tell of: those that ACPI does not tell of.
     pub virtio: &'a [VirtioSlot],
 }
@@ -54,7 +61,7 @@ pub struct CmdlineConfig<'a> {
 /// # Errors
 /// Longer than Linux takes.
 pub fn command_line(kernel: &KernelConfig, config: CmdlineConfig) -> Result<Cmdline, ConfigError> {
-    let CmdlineConfig { serial, cpus, virtio } = config;
+    let CmdlineConfig { serial, cpus, root, virtio } = config;
     // Linux, Documentation/admin-guide/kernel-parameters.txt: `virtio_mmio.device=<size>@<baseaddr>:<irq>`.
     let device =
         |s: &VirtioSlot| format!("virtio_mmio.device={VIRTIO_MMIO_LEN:#x}@{:#x}:{}", s.address, s.gsi);
@@ -69,6 +76,7 @@ pub fn command_line(kernel: &KernelConfig, config: CmdlineConfig) -> Result<Cmdl
         }
     }
     words.extend(devices.iter().map(String::as_str));
+    words.extend(root);
     words.push(&kernel.append);
     let line = words.join(" ").trim().to_string();
     check_cmdline(&line)?;
@@ -84,7 +92,7 @@ mod tests {
     fn line(change: impl Fn(&mut KernelConfig), serial: bool) -> String {
         let mut kernel = VmConfig::new("k".into()).kernel;
         change(&mut kernel);
-        command_line(&kernel, CmdlineConfig { serial, cpus: 1, virtio: &[] })
+        command_line(&kernel, CmdlineConfig { serial, cpus: 1, root: None, virtio: &[] })
             .unwrap()
             .as_cstring()
             .unwrap()
@@ -105,9 +113,12 @@ mod tests {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "-- /bin/sh".into();
         let virtio = [VirtioSlot { address: 0xe000_0000, gsi: 5 }];
-        let config = CmdlineConfig { serial: true, cpus: 2, virtio: &virtio };
+        let config = CmdlineConfig { serial: true, cpus: 2, root: Some(ROOT), virtio: &virtio };
         let text = command_line(&kernel, config).unwrap().as_cstring().unwrap().into_string().unwrap();
-        assert!(text.ends_with(" virtio_mmio.device=0x1000@0xe0000000:5 -- /bin/sh"), "{text}");
+        assert!(
+            text.ends_with(" virtio_mmio.device=0x1000@0xe0000000:5 root=/dev/vda rw -- /bin/sh"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -120,7 +131,7 @@ mod tests {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "x".repeat(MAX_CMDLINE - 20);
         assert!(matches!(
-            command_line(&kernel, CmdlineConfig { serial: true, cpus: 2, virtio: &[] }),
+            command_line(&kernel, CmdlineConfig { serial: true, cpus: 2, root: None, virtio: &[] }),
             Err(ConfigError::CmdlineTooLong(_))
         ));
     }

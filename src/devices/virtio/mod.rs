@@ -4,6 +4,7 @@
 //! driver's progress, and no device. The transport holds the queues until the driver has set them up and moves them
 //! into the device; a reset takes them back.
 
+pub mod block;
 mod chain;
 mod interrupt;
 mod queue;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::sandbox::{Confined, SandboxError};
+use crate::sandbox::{Confined, Kept, SandboxError};
 use crate::vm::Memory;
 
 pub use chain::{Chain, Segment, slice};
@@ -111,6 +112,8 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver writes to the configuration space. Fields that it may not write are left alone.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Names the descriptors that it has, which are to stay open when the VM confines itself.
+    fn keep(&self, _kept: &mut Kept) {}
     /// Starts serving. Called on the VMM's thread, which alone may start threads.
     ///
     /// # Errors

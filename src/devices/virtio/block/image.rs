@@ -1,0 +1,257 @@
+//! The file behind a disk: opened, locked and measured.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{
+    AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags, fallocate, fcntl_getfl, fcntl_setfl, flock,
+    ioctl_blkpbszget, ioctl_blksszget, statx,
+};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::config::DiskConfig;
+use crate::sandbox::Kept;
+use crate::sys::file_io::{Action, Operation, Pinned};
+
+use super::SECTOR;
+
+/// What files are read and written by where the kernel does not tell (Linux before 6.1): a page suits every disk.
+const SAFE_ALIGNMENT: u32 = 4096;
+const DIRECT: i32 = OFlags::DIRECT.bits() as i32;
+const NONBLOCK: i32 = OFlags::NONBLOCK.bits() as i32;
+
+/// An image that cannot be a disk. Each message names the flag and the path.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// Opening failed.
+    #[error("--disk {path}")]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It may be read, but not written.
+    #[error("--disk {path} cannot be written to: make it writable, or add ,readonly")]
+    NotWritable {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Its file system has no direct I/O.
+    #[error("--disk {path},direct: its file system has no direct I/O: leave ,direct out")]
+    NoDirect {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, a pipe, a terminal.
+    #[error("--disk {0} is neither a file nor a block device: give a raw image")]
+    NotADisk(PathBuf),
+    /// Not one sector.
+    #[error(
+        "--disk {path} has {len} bytes, and a disk has at least one sector of 512: truncate -s 1G {path} makes room for 1 GiB"
+    )]
+    TooSmall {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// Another VM has it.
+    #[error(
+        "--disk {0} is in use by another VM (or twice in this one): two that write it would destroy it. Stop the \
+         other one, copy the image, or give it to all of them with ,readonly"
+    )]
+    Locked(PathBuf),
+    /// The lock could not be had.
+    #[error("--disk {path} cannot be locked")]
+    Lock {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open image. The lock on it goes with the last clone of `file`.
+pub struct Image {
+    /// By way of the page cache.
+    file: Arc<File>,
+    /// Round it, and what that asks of memory and of offsets.
+    direct: Option<(Arc<File>, Alignment)>,
+    /// Its length.
+    pub sectors: u64,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// Ranges of it can be freed.
+    pub can_discard: bool,
+    /// What the guest has to read and write by: 512, or the block device's.
+    pub logical_block: u32,
+    /// What it had better read and write by.
+    pub physical_block: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Alignment {
+    memory: u32,
+    offset: u32,
+}
+
+impl Image {
+    /// Names the descriptors that stay open when the VM confines itself.
+    pub fn keep(&self, kept: &mut Kept) {
+        kept.add("a disk's image", &*self.file);
+        if let Some((file, _)) = &self.direct {
+            kept.add("a disk's image, round the cache", &**file);
+        }
+    }
+
+    /// Opens and locks the image of `config`.
+    ///
+    /// # Errors
+    /// It is none, or not for us.
+    pub fn open(config: &DiskConfig) -> Result<Self, ImageError> {
+        let path = &config.path;
+        let failed = |source| ImageError::Open { path: path.clone(), source };
+        let mut file = open(config, 0)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::NotADisk(path.clone()));
+        }
+        lock(&file, config)?;
+        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        check_len(path, len)?;
+        let direct = if config.direct { Some(open_direct(config)?) } else { None };
+        let wanted = direct.as_ref().map_or(SECTOR as u32, |(_, alignment)| alignment.offset);
+        let (logical_block, physical_block) = match kind.is_block_device() {
+            true => block_sizes(&file),
+            false => (SECTOR as u32, wanted.max(SECTOR as u32)),
+        };
+        Ok(Self {
+            can_discard: !config.readonly && can_punch(&file, len),
+            file: Arc::new(file),
+            direct,
+            sectors: len / SECTOR,
+            readonly: config.readonly,
+            logical_block,
+            physical_block: physical_block.max(logical_block),
+        })
+    }
+
+    /// The file by which an operation is done: what is not aligned as the disk asks goes by way of the page cache,
+    /// which the kernel keeps equal to the disk.
+    pub fn choose<M: Pinned>(&self, operation: &mut Operation<M>) {
+        let moves_data = matches!(operation.action, Action::Read | Action::Write { .. });
+        operation.file = match &self.direct {
+            Some((file, alignment)) if moves_data && alignment.suits(operation) => file.clone(),
+            _ => self.file.clone(),
+        };
+    }
+
+    /// Puts a file in place that fails as a test wants it.
+    #[cfg(test)]
+    pub fn replace_file(&mut self, file: File) {
+        self.file = Arc::new(file);
+    }
+
+    /// The file by way of the page cache, which takes any alignment.
+    pub fn buffered(&self) -> &Arc<File> {
+        &self.file
+    }
+}
+
+impl Alignment {
+    fn suits<M: Pinned>(self, operation: &Operation<M>) -> bool {
+        let offset = u64::from(self.offset);
+        operation.offset.is_multiple_of(offset)
+            && operation.buffers.len().is_multiple_of(offset)
+            && operation.buffers.is_aligned(self.memory as usize)
+    }
+}
+
+/// Opens without waiting for anybody, as a pipe would.
+fn open(config: &DiskConfig, flags: i32) -> Result<File, ImageError> {
+    let path = &config.path;
+    let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags | NONBLOCK).open(path);
+    let file = open(!config.readonly).map_err(|source| {
+        match source.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::ISDIR) => ImageError::NotADisk(path.clone()),
+            Some(Errno::INVAL) if flags & DIRECT != 0 => ImageError::NoDirect { path: path.clone(), source },
+            Some(Errno::ACCESS | Errno::ROFS | Errno::PERM) if !config.readonly && open(false).is_ok() => {
+                ImageError::NotWritable { path: path.clone(), source }
+            }
+            _ => ImageError::Open { path: path.clone(), source },
+        }
+    })?;
+    // Reads and writes may wait.
+    let blocking = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
+    blocking.map_err(|e| ImageError::Open { path: path.clone(), source: e.into() })?;
+    Ok(file)
+}
+
+/// For writing alone, for reading with others that read. The lock belongs to the open file, so it holds within a
+/// process, too, and ends with it however that ends.
+fn lock(file: &File, config: &DiskConfig) -> Result<(), ImageError> {
+    let operation = match config.readonly {
+        true => FlockOperation::NonBlockingLockShared,
+        false => FlockOperation::NonBlockingLockExclusive,
+    };
+    flock(file, operation).map_err(|e| match e {
+        Errno::WOULDBLOCK => ImageError::Locked(config.path.clone()),
+        other => ImageError::Lock { path: config.path.clone(), source: other.into() },
+    })
+}
+
+fn check_len(path: &Path, len: u64) -> Result<(), ImageError> {
+    if len < SECTOR {
+        return Err(ImageError::TooSmall { path: path.into(), len });
+    }
+    if !len.is_multiple_of(SECTOR) {
+        log::warn!(
+            "--disk {}: its last {} bytes are no whole sector of 512, and the guest does not see them",
+            path.display(),
+            len % SECTOR
+        );
+    }
+    Ok(())
+}
+
+fn open_direct(config: &DiskConfig) -> Result<(Arc<File>, Alignment), ImageError> {
+    let file = open(config, DIRECT)?;
+    let told = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    let told = told.ok().filter(|s| s.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let alignment = match told {
+        // The kernel says 0 where there is none, though opening worked.
+        Some(s) if s.stx_dio_offset_align == 0 => {
+            let source = io::Error::from(Errno::INVAL);
+            return Err(ImageError::NoDirect { path: config.path.clone(), source });
+        }
+        Some(s) => Alignment { memory: s.stx_dio_mem_align.max(1), offset: s.stx_dio_offset_align },
+        None => Alignment { memory: SAFE_ALIGNMENT, offset: SAFE_ALIGNMENT },
+    };
+    Ok((Arc::new(file), alignment))
+}
+
+/// Logical and physical block size of a block device.
+fn block_sizes(file: &File) -> (u32, u32) {
+    let logical = ioctl_blksszget(file).unwrap_or(SECTOR as u32);
+    (logical, ioctl_blkpbszget(file).unwrap_or(logical))
+}
+
+/// Whether ranges can be freed. Asked by freeing one behind the end, where there is nothing.
+fn can_punch(file: &File, len: u64) -> bool {
+    let behind = len.next_multiple_of(4096);
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    !matches!(fallocate(file, flags, behind, 4096), Err(Errno::OPNOTSUPP | Errno::NOSYS))
+}

@@ -1,0 +1,318 @@
+//! A disk (virtio 1.3 §5.2): a raw file or block device. Its format is never guessed.
+//!
+//! The guest's memory is read and written by the kernel itself, from the file and to it; nothing is copied on the way.
+//! Each queue has a thread of its own (`worker.rs`), which has io_uring or a pool of threads do the work (`engine.rs`),
+//! so that a slow disk holds up neither vCPUs nor other devices.
+
+mod counters;
+mod engine;
+mod image;
+mod request;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::{DiskConfig, DiskEngine};
+use crate::devices::rate_limiter::RateLimiter;
+use crate::devices::timer::Timer;
+use crate::sandbox::Kept;
+use crate::sys::uring::Ring;
+use crate::vm::Memory;
+
+use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+use engine::{Engine, Pool};
+use image::Image;
+use worker::{BlockWorker, Shared, WorkerParts};
+
+pub use counters::BlockCounters;
+pub use image::ImageError;
+
+/// What positions and lengths are counted in, whatever the block size (§5.2.4).
+const SECTOR: u64 = 512;
+
+/// `VIRTIO_BLK_F_SEG_MAX` (§5.2.3).
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_CONFIG_WCE: u64 = 1 << 11;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// As deep as disks and drivers make use of.
+const QUEUE_SIZE: u16 = 256;
+/// One for each vCPU up to this many: each has a thread.
+const MAX_QUEUES: u32 = 8;
+/// A chain has two descriptors beside the data's.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// The longest range of one discard: 1 GiB, so that one which has to be written with zeros ends soon.
+const MAX_RANGE_SECTORS: u32 = (1 << 30) / SECTOR as u32;
+
+/// Length of the configuration space, up to `write_zeroes_may_unmap` and its padding.
+const CONFIG_LEN: usize = 60;
+const CONFIG_WRITEBACK: u64 = 32;
+
+/// A disk cannot be made.
+#[derive(Debug, Error)]
+pub enum BlockError {
+    /// Its image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// io_uring was asked for, and this host refuses it.
+    #[error(
+        "--disk {path},engine=uring: this host refuses io_uring: leave the option out, or engine=threads"
+    )]
+    NoUring {
+        /// The path.
+        path: std::path::PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has no descriptor left.
+    #[error("--disk {path}: no descriptor is left: raise the limit (ulimit -n)")]
+    Host {
+        /// The path.
+        path: std::path::PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a queue needs of the host, made before the VM confines itself.
+struct QueueParts {
+    /// None where threads do the work.
+    ring: Option<Ring<Memory>>,
+    done: Arc<EventFd>,
+    timer: Timer,
+}
+
+impl QueueParts {
+    fn new(uring: bool) -> io::Result<Self> {
+        let done = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let ring = if uring { Some(Ring::new(QUEUE_SIZE, &done)?) } else { None };
+        Ok(Self { ring, done, timer: Timer::new()? })
+    }
+}
+
+/// A disk.
+pub struct Block {
+    shared: Arc<Shared>,
+    uring: bool,
+    queue_sizes: Vec<u16>,
+    /// By queue; away while a worker has them.
+    parts: Vec<Option<QueueParts>>,
+    workers: Vec<Worker<BlockWorker>>,
+    /// Behind the workers, which have its clients.
+    pool: Option<Pool>,
+}
+
+impl Block {
+    /// Opens and locks the image of `config` for a VM with so many vCPUs. `place`: its number among disks.
+    ///
+    /// # Errors
+    /// The image cannot be used, or the host is short of something.
+    pub fn open(config: &DiskConfig, place: usize, cpus: u32) -> Result<Self, BlockError> {
+        let image = Image::open(config)?;
+        let host = |source| BlockError::Host { path: config.path.clone(), source };
+        let uring = use_uring(config)?;
+        let queues = cpus.clamp(1, MAX_QUEUES) as usize;
+        let parts = (0..queues).map(|_| QueueParts::new(uring).map(Some)).collect::<Result<_, _>>();
+        let shared = Shared {
+            id: config.name(place),
+            image,
+            limiter: Mutex::new(RateLimiter::new(config.iops, config.bandwidth.map(|b| b.0))),
+            counters: Arc::default(),
+            writeback: AtomicBool::new(true),
+            complained: AtomicBool::new(false),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            uring,
+            queue_sizes: vec![QUEUE_SIZE; queues],
+            parts: parts.map_err(host)?,
+            workers: Vec::new(),
+            pool: None,
+        })
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn counters(&self) -> Arc<BlockCounters> {
+        self.shared.counters.clone()
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_LEN] {
+        let image = &self.shared.image;
+        let mut space = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| space[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &image.sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &image.logical_block.to_le_bytes());
+        let physical = image.physical_block / image.logical_block;
+        put(24, &[physical.ilog2() as u8]);
+        put(26, &(physical as u16).to_le_bytes());
+        put(32, &[self.shared.writeback.load(Ordering::Relaxed).into()]);
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
+        // Discard, then write zeroes: the longest range, how many, and what they are aligned to or whether they free.
+        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(40, &1u32.to_le_bytes());
+        put(44, &(image.physical_block / SECTOR as u32).to_le_bytes());
+        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(52, &1u32.to_le_bytes());
+        put(56, &[1]);
+        space
+    }
+
+    fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
+        let index = usize::from(queue.index);
+        // Lost only with a thread that panicked.
+        let parts = self.parts.get_mut(index).and_then(Option::take);
+        let parts = parts.map_or_else(|| QueueParts::new(self.uring), Ok)?;
+        let engine = match (parts.ring, &self.pool) {
+            (Some(ring), _) => Engine::Uring(Box::new(ring)),
+            (None, Some(pool)) => pool.client(parts.done.clone()).map(Engine::Threads).ok_or_else(no_pool)?,
+            (None, None) => return Err(no_pool().into()),
+        };
+        let name = format!("{}-q{index}", self.shared.id);
+        let worker = BlockWorker::new(WorkerParts {
+            queue,
+            memory: activation.memory.clone(),
+            interrupt: activation.interrupt.clone(),
+            shared: self.shared.clone(),
+            features: activation.features,
+            engine,
+            done: parts.done,
+            timer: parts.timer,
+        });
+        self.workers.push(Worker::start(&name, activation.confined, worker)?);
+        Ok(())
+    }
+}
+
+fn no_pool() -> io::Error {
+    io::Error::other("its threads are gone")
+}
+
+/// io_uring where the host lets us: it takes a whole batch with one system call, and needs no threads. Containers
+/// and hardened hosts refuse it.
+fn use_uring(config: &DiskConfig) -> Result<bool, BlockError> {
+    if config.engine == Some(DiskEngine::Threads) {
+        return Ok(false);
+    }
+    match QueueParts::new(true) {
+        Ok(_) => Ok(true),
+        Err(source) if config.engine == Some(DiskEngine::Uring) => {
+            Err(BlockError::NoUring { path: config.path.clone(), source })
+        }
+        Err(e) => {
+            let path = config.path.display();
+            log::info!("--disk {path}: this host refuses io_uring ({e}), so threads read and write");
+            Ok(false)
+        }
+    }
+}
+
+/// A VM ends with requests under way: its threads end before what they work on goes.
+impl Drop for Block {
+    fn drop(&mut self) {
+        drop(self.quiesce());
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Block
+    }
+
+    fn id(&self) -> &str {
+        &self.shared.id
+    }
+
+    fn features(&self) -> u64 {
+        let image = &self.shared.image;
+        let mut features = F_SEG_MAX | F_BLK_SIZE | F_TOPOLOGY | F_FLUSH;
+        if self.queue_sizes.len() > 1 {
+            features |= F_MQ;
+        }
+        if image.readonly {
+            return features | F_RO;
+        }
+        features |= F_CONFIG_WCE | F_WRITE_ZEROES;
+        if image.can_discard { features | F_DISCARD } else { features }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.config_space(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        // The one field that a driver may write (§5.2.5): it counts where the feature was accepted.
+        if let (CONFIG_WRITEBACK, [value]) = (offset, data) {
+            self.shared.writeback.store(*value != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn keep(&self, kept: &mut Kept) {
+        self.shared.image.keep(kept);
+        for parts in self.parts.iter().flatten() {
+            kept.add("a disk's ended operations", &*parts.done);
+            kept.add("a disk's rate limit", &parts.timer);
+            if let Some(ring) = &parts.ring {
+                kept.add("a disk's io_uring", ring);
+            }
+        }
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        if !activation.queues.iter().any(|q| q.index == 0) {
+            return Err(ActivateError::QueueMissing(0));
+        }
+        // Without the choice, a driver that can flush has write-back, and one that cannot has write-through.
+        if activation.features & F_CONFIG_WCE == 0 {
+            let writeback = activation.features & F_FLUSH != 0;
+            self.shared.writeback.store(writeback, Ordering::Relaxed);
+        }
+        if !self.uring {
+            self.pool = Some(Pool::start(&self.shared.id, activation.confined)?);
+        }
+        for queue in std::mem::take(&mut activation.queues) {
+            if let Err(e) = self.start(queue, &activation) {
+                drop(self.quiesce());
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn quiesce(&mut self) -> Vec<ActiveQueue> {
+        let mut queues = Vec::new();
+        for worker in self.workers.drain(..) {
+            let Some(worker) = worker.stop() else { continue };
+            let BlockWorker { queue, engine, done, timer, .. } = worker;
+            let ring = match engine {
+                Engine::Uring(ring) => Some(*ring),
+                Engine::Threads(_) => None,
+            };
+            self.parts[usize::from(queue.index)] = Some(QueueParts { ring, done, timer });
+            queues.push(queue);
+        }
+        self.pool = None;
+        self.shared.writeback.store(true, Ordering::Relaxed);
+        queues
+    }
+}
