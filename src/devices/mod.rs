@@ -1,3 +1,6 @@
 //! The devices that a guest sees.
 
+mod control;
 pub mod legacy;
+
+pub use control::{AddDeviceError, ChangeError, DeviceControl, DeviceControls, DeviceSummary, parse};

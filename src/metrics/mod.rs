@@ -2,6 +2,7 @@
 
 mod clock;
 mod exits;
+mod file;
 mod registry;
 mod report;
 mod snapshot;
@@ -9,6 +10,7 @@ mod timeline;
 
 pub use clock::Clock;
 pub use exits::{ExitSource, Exits};
+pub use file::MetricsFile;
 pub use registry::{Counter, Gauge, Group, Label, Metric, MetricKind, Registry, Source};
 pub use report::{TimelineFormat, write_timeline};
 pub use snapshot::Snapshot;

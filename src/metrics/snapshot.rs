@@ -66,6 +66,17 @@ impl Snapshot {
         self.families.get(name)?.samples.iter().find(|(have, _)| same(have)).map(|(_, value)| *value)
     }
 
+    /// The values of all series that have this label, by metric; series that other labels tell apart are added up.
+    #[must_use]
+    pub fn sums_of(&self, label: &str, value: &str) -> BTreeMap<&'static str, u64> {
+        let has = |labels: &[Label]| labels.iter().any(|(name, text)| *name == label && text == value);
+        let sum = |family: &Family| {
+            let values = family.samples.iter().filter(|(labels, _)| has(labels)).map(|(_, value)| *value);
+            values.reduce(u64::saturating_add)
+        };
+        self.families.iter().filter_map(|(name, family)| Some((*name, sum(family)?))).collect()
+    }
+
     /// The schema `microvm.metrics/1` of docs/control.md, on one line.
     #[must_use]
     pub fn to_json(&self) -> String {
@@ -161,6 +172,16 @@ test_size_bytes 18446744073709551615
         assert_eq!(json["metrics"][0]["samples"][0]["labels"]["device"], "a\"b\\c\nd");
         assert_eq!(json["metrics"][0]["samples"][1]["value"], 4);
         assert_eq!(json["metrics"][1]["samples"][0]["value"], u64::MAX);
+    }
+
+    #[test]
+    fn the_values_of_one_device_are_found_and_its_queues_added_up() {
+        let mut snapshot = snapshot();
+        let queue = |n: &str| vec![("device", "e".to_string()), ("queue", n.to_string())];
+        snapshot.add(READS, queue("0"), 10);
+        snapshot.add(READS, queue("1"), 20);
+        assert_eq!(snapshot.sums_of("device", "e"), BTreeMap::from([("test_reads_total", 34)]));
+        assert!(snapshot.sums_of("device", "none").is_empty());
     }
 
     #[test]

@@ -18,14 +18,17 @@ use crate::arch::x86_64::{layout, pvh, registers};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{ConfigError, Serial, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
-use crate::metrics::{Phase, Timeline};
+use crate::devices::{AddDeviceError, DeviceControls};
+use crate::metrics::{Phase, Registry, Timeline};
 use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, VcpuThread, install_kick_handler};
 use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 
 use super::Vmm;
 use super::boot_files::{BootFileError, BootFiles};
 use super::console::{Console, ConsoleError};
+use super::machine::Machine;
 use super::run::EventSources;
+use super::state::StateCell;
 
 /// A VM could not be built. Nothing is left behind.
 #[derive(Debug, Error)]
@@ -70,6 +73,9 @@ pub enum BuildError {
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// Two devices of one name.
+    #[error(transparent)]
+    Device(#[from] AddDeviceError),
     /// Two devices on one port.
     #[error("a device cannot be placed")]
     Bus(#[from] Overlap),
@@ -85,7 +91,12 @@ pub enum BuildError {
 ///
 /// # Errors
 /// What is wrong, on which flag or path. Nothing is left behind.
-pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
+pub fn build(
+    config: &VmConfig,
+    kvm_device: &Path,
+    timeline: Arc<Timeline>,
+    metrics: Arc<Registry>,
+) -> Result<Vmm, BuildError> {
     config.validate()?;
     let serial = config.serial != Serial::Null;
     let cmdline = command_line(&config.kernel, serial, config.cpus)?;
@@ -113,20 +124,31 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
     let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
     let mut ports = Bus::default();
+    let mut controls = DeviceControls::default();
     // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
-    let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
+    let console = Console::new(&config.serial, &files, &vm, &mut ports, &metrics)?;
+    if let Some(console) = &console {
+        controls.add(console.control())?;
+    }
     let space = AddressSpace { ports, devices: Bus::default(), memory: memory.clone() };
-    let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
+    let vcpus =
+        make_vcpus(config, &host, &vm, space, files.image.entry, timeline.is_on() || metrics.is_full())?;
+    let sources: Vec<_> = vcpus.iter().map(Vcpu::exit_source).collect();
+    timeline.watch(sources.clone());
     timeline.mark(Phase::Vcpus);
 
     let (sender, receiver) = mpsc::channel();
     let reports = Reports { events: sender, wake: events.wake(), timeline: timeline.clone() };
     let events = events.with_vcpu_events(receiver);
     install_kick_handler().map_err(BuildError::Events)?;
+    let state = Arc::new(StateCell::new());
+    let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
     let threads = vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, reports.clone()));
     let vcpus = threads.collect::<Result<_, _>>()?;
-    Ok(Vmm { vcpus, events, console, timeline, vm, memory })
+    let output = console.as_ref().map(Console::output);
+    let machine = Machine::new(vcpus, controls, output, state, pauses);
+    Ok(Vmm { machine, events, console, timeline, metrics, vm, memory })
 }
 
 /// The command line with its NUL.
@@ -192,7 +214,7 @@ fn make_vcpus(
     vm: &Vm,
     space: AddressSpace,
     entry: Entry,
-    timeline: &Timeline,
+    count: bool,
 ) -> Result<Vec<Vcpu>, BuildError> {
     let supported = host.supported_cpuid()?;
     let space = Arc::new(space);
@@ -205,11 +227,10 @@ fn make_vcpus(
             tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
             tsc_deadline: host.has_tsc_deadline(),
         };
-        let vcpu = Vcpu::new(fd, index, space.clone(), timeline.is_on())?;
+        let vcpu = Vcpu::new(fd, index, space.clone(), count)?;
         vcpu.configure(&vcpu_cpuid(&supported, cpuid_config)?, entry)?;
         vcpus.push(vcpu);
     }
-    timeline.watch(vcpus.iter().map(Vcpu::exit_source).collect());
     Ok(vcpus)
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -14,12 +14,15 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
-use crate::metrics::Phase;
+use crate::devices::DeviceControls;
+use crate::metrics::{Phase, Snapshot};
 use crate::sys::signals::EndSignals;
 use crate::vcpu::VcpuEvent;
 
 use super::builder::new_event;
 use super::console::ConsoleEvents;
+use super::machine::Machine;
+use super::request::Envelope;
 use super::{End, Vmm};
 
 /// vCPUs that have not ended by then are left to the end of the process.
@@ -53,12 +56,13 @@ impl EndSlot {
     }
 }
 
-/// What can end a VM: its vCPUs, a signal, the time limit.
+/// What the event loop listens to beside the console: vCPUs, requests, a signal, the time limit.
 pub(super) struct EventSources {
     signals: EndSignals,
     timer: Option<TimerFd>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
+    requests: (Sender<Envelope>, Receiver<Envelope>),
 }
 
 impl EventSources {
@@ -70,7 +74,8 @@ impl EventSources {
             Ok::<_, vmm_sys_util::errno::Error>(timer)
         });
         let timer = timer.transpose().map_err(io::Error::from)?;
-        Ok(Self { signals: EndSignals::new()?, timer, wake: new_event()?, vcpu_events: None })
+        let signals = EndSignals::new()?;
+        Ok(Self { signals, timer, wake: new_event()?, vcpu_events: None, requests: mpsc::channel() })
     }
 
     /// What a vCPU writes to after it has sent an event.
@@ -78,17 +83,37 @@ impl EventSources {
         self.wake.clone()
     }
 
+    /// Where requests are sent, and what to write to after one.
+    pub(super) fn for_requests(&self) -> (Sender<Envelope>, Arc<EventFd>) {
+        (self.requests.0.clone(), self.wake())
+    }
+
     pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
         Self { vcpu_events: Some(events), ..self }
     }
 }
 
-struct EndEvents {
+struct VmEvents {
     sources: EventSources,
+    machine: Rc<RefCell<Machine>>,
     end: EndSlot,
 }
 
-impl MutEventSubscriber for EndEvents {
+impl VmEvents {
+    /// Everything that has come since the last wake-up.
+    fn take_all(&mut self) {
+        let mut machine = self.machine.borrow_mut();
+        for event in self.sources.vcpu_events.iter().flat_map(Receiver::try_iter) {
+            match event {
+                VcpuEvent::Parked(number) => machine.parked(number),
+                event => end_of(event).into_iter().for_each(|end| self.end.set(end)),
+            }
+        }
+        self.sources.requests.1.try_iter().for_each(|request| machine.handle(request, &self.end));
+    }
+}
+
+impl MutEventSubscriber for VmEvents {
     fn init(&mut self, ops: &mut EventOps) {
         let sources = &self.sources;
         let fds = [Some(sources.signals.as_fd().as_raw_fd()), Some(sources.wake.as_raw_fd())];
@@ -103,8 +128,7 @@ impl MutEventSubscriber for EndEvents {
         let sources = &mut self.sources;
         if events.fd() == sources.wake.as_raw_fd() {
             let _ = sources.wake.read();
-            let vcpu_events = sources.vcpu_events.iter().flat_map(Receiver::try_iter);
-            vcpu_events.filter_map(end_of).for_each(|end| self.end.set(end));
+            self.take_all();
         } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
             self.end.set(End::Timeout);
         } else if let Some(number) = sources.signals.take() {
@@ -121,20 +145,29 @@ fn end_of(event: VcpuEvent) -> Option<End> {
         VcpuEvent::Device(Action::Reset) => Some(End::Reset),
         VcpuEvent::Device(Action::Panic) => Some(End::Panic),
         VcpuEvent::Device(Action::Exit(status)) => Some(End::Exit(status)),
-        VcpuEvent::Device(Action::None | Action::Mark(_)) => None,
+        VcpuEvent::Device(Action::None | Action::Mark(_)) | VcpuEvent::Parked(_) => None,
     }
+}
+
+/// What is left of a VM.
+pub struct Ended {
+    /// How it ended.
+    pub end: End,
+    /// What it counted, where its registry is full.
+    pub metrics: Option<Snapshot>,
 }
 
 /// Runs the guest until something ends it, then takes the VM down.
 ///
 /// # Errors
 /// The event loop fails, or a vCPU hangs.
-pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
+pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let end = EndSlot::default();
     let failed = RunError::Loop;
-    let console_output = vmm.console.as_ref().map(|c| c.output());
+    let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-    manager.add_subscriber(Box::new(EndEvents { sources: vmm.events, end: end.clone() }));
+    let events = VmEvents { sources: vmm.events, machine: machine.clone(), end: end.clone() };
+    manager.add_subscriber(Box::new(events));
     // The console is taken back at the end, for the guest's last words.
     let console = vmm.console.take().map(|mut console| {
         console.enter_raw_mode().map_err(RunError::Terminal)?;
@@ -146,33 +179,39 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     }
 
     vmm.timeline.mark(Phase::FirstRun);
-    vmm.vcpus.iter().for_each(|v| v.resume());
+    // A VM that is built can run: the table of states says so.
+    let _ = machine.borrow_mut().resume();
     let reason = loop {
-        match manager.run() {
+        let left = machine.borrow().time_left().map_or(-1, milliseconds);
+        match manager.run_with_timeout(left) {
             Ok(_) => {}
             // A signal that is not ours, as after SIGSTOP and SIGCONT.
             Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EINTR => {}
             Err(e) => break Err(failed(e)),
         }
+        machine.borrow_mut().check_pause();
         if let Some(end) = end.take() {
             break Ok(end);
         }
     };
     vmm.timeline.mark(Phase::End);
 
-    vmm.vcpus.iter().for_each(|v| v.stop());
-    if let Some(output) = console_output {
-        output.close();
-    }
-    let deadline = Instant::now() + STOP_BOUND;
-    // Each is waited for, also after one that hangs.
-    let stuck = vmm.vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
+    let mut machine = machine.borrow_mut();
+    machine.stop();
+    let stuck = machine.join(Instant::now() + STOP_BOUND);
     drop(manager);
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
     }
     vmm.timeline.unwatch();
+    let metrics = vmm.metrics.finish();
+    machine.devices = DeviceControls::default();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
-    if stuck == 0 { reason } else { Err(RunError::Stuck) }
+    if stuck == 0 { reason.map(|end| Ended { end, metrics }) } else { Err(RunError::Stuck) }
+}
+
+/// Rounded up, so that the loop does not wake before the time.
+fn milliseconds(time: Duration) -> i32 {
+    i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
