@@ -150,8 +150,12 @@ impl Api {
 
 /// Reads a body that must be there and be an object.
 fn body<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Response> {
-    serde_json::from_slice(bytes)
-        .map_err(|e| Response::error(400, &format!("the body is not as it should be: {e}")))
+    let wrong = |what: &str| Response::error(400, &format!("the body is not as it should be: {what}"));
+    // serde would also take a list of the fields' values, in order.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(wrong("a list, where an object is expected"));
+    }
+    serde_json::from_slice(bytes).map_err(|e| wrong(&e.to_string()))
 }
 
 fn not_allowed(allow: &'static str) -> Response {
