@@ -288,7 +288,8 @@ fn a_vcpu_that_waits_for_the_consoles_reader_can_be_paused() {
         vm.set_state("paused");
         vm.set_state("running");
     }
-    let mut read = vec![0; 1 << 20];
+    // More than pipe and buffer hold.
+    let mut read = vec![0; 144 << 10];
     vm.child.stdout.as_mut().unwrap().read_exact(&mut read).unwrap();
     // The first one was read at the start.
     assert_counts(&[&[0], read.as_slice()].concat(), false);
