@@ -94,6 +94,18 @@ fn stock_6_1_loads_modules() {
     }
 }
 
+/// The device is there for both ways of discovery, and its interrupt comes: the kernel's generator has its bytes.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn the_guest_has_random_numbers() {
+    for discovery in ["acpi", "cmdline"] {
+        let output = boot("tuned", "vmlinux", "random", &["--discovery", discovery, "--timeout", "20s"])
+            .output()
+            .unwrap();
+        assert!(stdout(&output).contains("hwrng=virtio_rng.0 64"), "{discovery}: {}", stdout(&output));
+    }
+}
+
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn stock_6_12_boots() {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Control as ControlConfig, Load, MemoryConfig, Serial, VmConfig};
+use crate::config::{Control as ControlConfig, Discovery, Load, MemoryConfig, Serial, VmConfig};
 use crate::control::{Control, Place};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End, Ended, Vmm};
@@ -77,6 +77,12 @@ pub struct BootArgs {
     /// An I/O port on which the guest ends the VM with an exit status of 0 to 127, as 0xf4
     #[arg(long, value_name = "PORT", value_parser = parse_port)]
     exit_code_port: Option<u16>,
+    /// A source of random numbers for the guest (virtio-rng): on or off [default: on]
+    #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
+    rng: Option<bool>,
+    /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
+    #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
+    discovery: Option<Discovery>,
     /// Give the guest an i8254 timer, which makes closing the VM slower; needed without TSC-deadline timer only
     #[arg(long)]
     pit: bool,
@@ -125,6 +131,22 @@ fn parse_serial(text: &OsStr) -> Result<Serial, String> {
 
 fn parse_control(text: &OsStr) -> ControlConfig {
     if text == "none" { ControlConfig::None } else { ControlConfig::Path(text.into()) }
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("allowed are on and off".into()),
+    }
+}
+
+fn parse_discovery(text: &str) -> Result<Discovery, String> {
+    match text {
+        "acpi" => Ok(Discovery::Acpi),
+        "cmdline" => Ok(Discovery::Cmdline),
+        _ => Err("allowed are acpi and cmdline".into()),
+    }
 }
 
 fn parse_load(text: &str) -> Result<Load, String> {
@@ -244,6 +266,8 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.serial = args.serial.unwrap_or(config.serial);
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
+    config.rng = args.rng.unwrap_or(config.rng);
+    config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;
     Ok(config)

@@ -49,6 +49,12 @@ pub struct VmConfig {
     /// I/O port on which the guest chooses the exit status of `microvm`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code_port: Option<u16>,
+    /// Give the guest a source of random numbers (virtio-rng).
+    #[serde(default = "default_rng")]
+    pub rng: bool,
+    /// How the guest finds its virtio devices.
+    #[serde(default)]
+    pub discovery: Discovery,
     /// Give the guest an i8254 timer. Closing a VM that has one takes KVM tens of milliseconds longer.
     #[serde(default)]
     pub pit: bool,
@@ -89,6 +95,18 @@ pub enum Load {
     /// Copied. Where the host has huge pages, the guest then takes a fault for 512 pages instead of one for each,
     /// which is faster to boot than the copying is slow.
     Copy,
+}
+
+/// How the guest finds its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Discovery {
+    /// In the ACPI tables, as distributions' kernels do.
+    #[default]
+    Acpi,
+    /// On the kernel's command line (`virtio_mmio.device=`), for kernels with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES` whose
+    /// ACPI does not work, as that of Linux 6.1 without PCI.
+    Cmdline,
 }
 
 /// Where the guest's first serial port (COM1) goes.
@@ -203,6 +221,8 @@ impl VmConfig {
             serial: Serial::default(),
             timeout: None,
             exit_code_port: None,
+            rng: default_rng(),
+            discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
         }
@@ -257,6 +277,10 @@ pub fn check_cmdline(text: &str) -> Result<(), ConfigError> {
 
 fn default_cpus() -> u32 {
     1
+}
+
+fn default_rng() -> bool {
+    true
 }
 
 /// A duration as people write it: `"1m 30s"`.

@@ -2,5 +2,6 @@
 
 mod control;
 pub mod legacy;
+pub mod virtio;
 
 pub use control::{AddDeviceError, ChangeError, DeviceControl, DeviceControls, DeviceSummary, parse};

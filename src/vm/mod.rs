@@ -96,14 +96,19 @@ impl Vm {
         Ok(event)
     }
 
-    /// An event descriptor (ioeventfd) that KVM itself signals when the guest writes to `address`.
+    /// An event descriptor (ioeventfd) that KVM itself signals when the guest writes to `address`; with `value`, only
+    /// when it writes just that, in 32 bits.
     ///
     /// # Errors
     /// KVM refuses, or there is no descriptor left.
-    pub fn ioeventfd(&self, address: &IoEventAddress) -> Result<EventFd, KvmError> {
+    pub fn ioeventfd(&self, address: &IoEventAddress, value: Option<u32>) -> Result<EventFd, KvmError> {
         let what = "connect a notification address";
         let event = new_event(what)?;
-        self.fd.register_ioevent(&event, address, NoDatamatch).map_err(kvm_error(what))?;
+        let registered = match value {
+            Some(value) => self.fd.register_ioevent(&event, address, value),
+            None => self.fd.register_ioevent(&event, address, NoDatamatch),
+        };
+        registered.map_err(kvm_error(what))?;
         Ok(event)
     }
 }
@@ -130,7 +135,7 @@ mod tests {
         vm.set_memory(&memory).unwrap();
         // In real mode: mov dx, 0x700; out dx, al; inc dx; out dx, al
         memory.guest().write_slice(&[0xba, 0x00, 0x07, 0xee, 0x42, 0xee], GuestAddress(0x1000)).unwrap();
-        let notified = vm.ioeventfd(&IoEventAddress::Pio(0x700)).unwrap();
+        let notified = vm.ioeventfd(&IoEventAddress::Pio(0x700), None).unwrap();
         let mut vcpu = vm.create_vcpu(0).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
         (sregs.cs.base, sregs.cs.selector) = (0, 0);

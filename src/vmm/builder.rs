@@ -9,15 +9,17 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
-use crate::arch::x86_64::cmdline::command_line;
+use crate::arch::x86_64::cmdline::{CmdlineConfig, command_line};
 use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
-use crate::arch::x86_64::image::{Entry, Image};
-use crate::arch::x86_64::linux_boot::{BootInfo, Initrd, write_boot_params};
+use crate::arch::x86_64::image::Entry;
+use crate::arch::x86_64::layout::VirtioSlot;
+use crate::arch::x86_64::linux_boot::{BootInfo, write_boot_params};
 use crate::arch::x86_64::memory_map::memory_map;
 use crate::arch::x86_64::{layout, pvh, registers};
 use crate::bus::{Bus, BusDevice, Overlap};
-use crate::config::{ConfigError, Serial, VmConfig};
+use crate::config::{ConfigError, Discovery, Serial, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
+use crate::devices::virtio::VmmThread;
 use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::{Phase, Registry, Timeline};
 use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, VcpuThread, install_kick_handler};
@@ -26,6 +28,7 @@ use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 use super::Vmm;
 use super::boot_files::{BootFileError, BootFiles};
 use super::console::{Console, ConsoleError};
+use super::devices::{DeviceError, Devices};
 use super::machine::Machine;
 use super::run::EventSources;
 use super::state::StateCell;
@@ -75,7 +78,10 @@ pub enum BuildError {
     Console(#[from] ConsoleError),
     /// Two devices of one name.
     #[error(transparent)]
-    Device(#[from] AddDeviceError),
+    DeviceId(#[from] AddDeviceError),
+    /// A virtio device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Two devices on one port.
     #[error("a device cannot be placed")]
     Bus(#[from] Overlap),
@@ -99,8 +105,11 @@ pub fn build(
 ) -> Result<Vmm, BuildError> {
     config.validate()?;
     let serial = config.serial != Serial::Null;
-    let cmdline = command_line(&config.kernel, serial, config.cpus)?;
     let files = BootFiles::open(&config.kernel)?;
+    let devices = Devices::open(config)?;
+    let slots = Slots::of(&devices, config.discovery);
+    let cmdline_config = CmdlineConfig { serial, cpus: config.cpus, virtio: &slots.cmdline };
+    let cmdline = command_line(&config.kernel, cmdline_config)?;
 
     let host = HostKvm::open(kvm_device)?;
     if !host.tier().is_hardware() && !config.allow_software_kvm {
@@ -118,7 +127,18 @@ pub fn build(
     timeline.mark(Phase::Kernel);
 
     memory.guest().write_slice(cmdline_bytes(&cmdline)?.as_slice(), GuestAddress(layout::CMDLINE))?;
-    write_tables(config, &memory, &files.image, initrd, cmdline_bytes(&cmdline)?.len() - 1)?;
+    let rsdp = acpi::write_tables(
+        memory.guest(),
+        AcpiConfig {
+            cpus: config.cpus,
+            serial,
+            virtio: &slots.acpi,
+            hardware_reduced: config.discovery == Discovery::Acpi,
+        },
+    )?;
+    let memory_map = &memory_map(config.memory.size.0);
+    let cmdline_len = cmdline_bytes(&cmdline)?.len() - 1;
+    write_tables(&memory, &BootInfo { image: &files.image, cmdline_len, initrd, memory_map, rsdp })?;
     timeline.mark(Phase::Tables);
 
     // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
@@ -131,16 +151,19 @@ pub fn build(
     if let Some(console) = &console {
         controls.add(console.control())?;
     }
-    let space = AddressSpace { ports, devices: Bus::default(), memory: memory.clone() };
-    let vcpus =
-        make_vcpus(config, &host, &vm, space, files.image.entry, timeline.is_on() || metrics.is_full())?;
+    let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
+    let mut mmio = Bus::default();
+    devices.connect(&vm, &memory, &mut mmio, &vmm_thread)?;
+    let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
+    let count = timeline.is_on() || metrics.is_full();
+    let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, count)?;
     let sources: Vec<_> = vcpus.iter().map(Vcpu::exit_source).collect();
     timeline.watch(sources.clone());
     timeline.mark(Phase::Vcpus);
 
     let (sender, receiver) = mpsc::channel();
     let reports = Reports { events: sender, wake: events.wake(), timeline: timeline.clone() };
-    let events = events.with_vcpu_events(receiver);
+    let events = events.with_vcpu_events(receiver).with_jobs(jobs);
     install_kick_handler().map_err(BuildError::Events)?;
     let state = Arc::new(StateCell::new());
     let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
@@ -158,23 +181,28 @@ fn cmdline_bytes(cmdline: &linux_loader::loader::Cmdline) -> Result<Vec<u8>, Con
     Ok(text.into_bytes_with_nul())
 }
 
-fn write_tables(
-    config: &VmConfig,
-    memory: &Memory,
-    image: &Image,
-    initrd: Option<Initrd>,
-    cmdline_len: usize,
-) -> Result<(), BuildError> {
-    let acpi_config = AcpiConfig { cpus: config.cpus, serial: config.serial != Serial::Null };
-    let rsdp = acpi::write_tables(memory.guest(), acpi_config)?;
-    let memory_map = &memory_map(config.memory.size.0);
-    let info = BootInfo { image, cmdline_len, initrd, memory_map, rsdp };
-    match image.entry {
-        Entry::Pvh(_) => pvh::write_start_info(memory.guest(), &info)?,
-        Entry::Linux64(_) => write_boot_params(memory.guest(), &info)?,
+/// Where each way of discovery finds virtio devices: a device that is found twice is an error to Linux.
+struct Slots {
+    acpi: Vec<VirtioSlot>,
+    cmdline: Vec<VirtioSlot>,
+}
+
+impl Slots {
+    fn of(devices: &Devices, discovery: Discovery) -> Self {
+        match discovery {
+            Discovery::Acpi => Self { acpi: devices.slots(), cmdline: Vec::new() },
+            Discovery::Cmdline => Self { acpi: Vec::new(), cmdline: devices.slots() },
+        }
+    }
+}
+
+fn write_tables(memory: &Memory, info: &BootInfo) -> Result<(), BuildError> {
+    match info.image.entry {
+        Entry::Pvh(_) => pvh::write_start_info(memory.guest(), info)?,
+        Entry::Linux64(_) => write_boot_params(memory.guest(), info)?,
     }
     registers::write_reset_vector(memory.guest())?;
-    Ok(registers::write_tables(memory.guest(), image.entry)?)
+    Ok(registers::write_tables(memory.guest(), info.image.entry)?)
 }
 
 /// Ports that KVM's own devices answer before we hear of them: both 8259s, the i8254, and their edge registers.

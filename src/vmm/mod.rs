@@ -3,6 +3,7 @@
 mod boot_files;
 mod builder;
 mod console;
+mod devices;
 mod end;
 mod machine;
 mod metrics;

@@ -15,6 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
 use crate::devices::DeviceControls;
+use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sys::signals::EndSignals;
 use crate::vcpu::VcpuEvent;
@@ -63,6 +64,7 @@ pub(super) struct EventSources {
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
     requests: (Sender<Envelope>, Receiver<Envelope>),
+    jobs: Option<VmmThreadJobs>,
 }
 
 impl EventSources {
@@ -74,8 +76,8 @@ impl EventSources {
             Ok::<_, vmm_sys_util::errno::Error>(timer)
         });
         let timer = timer.transpose().map_err(io::Error::from)?;
-        let signals = EndSignals::new()?;
-        Ok(Self { signals, timer, wake: new_event()?, vcpu_events: None, requests: mpsc::channel() })
+        let (signals, wake) = (EndSignals::new()?, new_event()?);
+        Ok(Self { signals, timer, wake, vcpu_events: None, requests: mpsc::channel(), jobs: None })
     }
 
     /// What a vCPU writes to after it has sent an event.
@@ -90,6 +92,11 @@ impl EventSources {
 
     pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
         Self { vcpu_events: Some(events), ..self }
+    }
+
+    /// What devices want done on this thread.
+    pub(super) fn with_jobs(self, jobs: VmmThreadJobs) -> Self {
+        Self { jobs: Some(jobs), ..self }
     }
 }
 
@@ -116,8 +123,13 @@ impl VmEvents {
 impl MutEventSubscriber for VmEvents {
     fn init(&mut self, ops: &mut EventOps) {
         let sources = &self.sources;
-        let fds = [Some(sources.signals.as_fd().as_raw_fd()), Some(sources.wake.as_raw_fd())];
-        for fd in fds.into_iter().chain([sources.timer.as_ref().map(AsRawFd::as_raw_fd)]).flatten() {
+        let fds = [
+            Some(sources.signals.as_fd().as_raw_fd()),
+            Some(sources.wake.as_raw_fd()),
+            sources.timer.as_ref().map(AsRawFd::as_raw_fd),
+            sources.jobs.as_ref().map(|jobs| jobs.event().as_raw_fd()),
+        ];
+        for fd in fds.into_iter().flatten() {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 log::error!("the event loop cannot watch a descriptor: {e:?}");
             }
@@ -131,6 +143,8 @@ impl MutEventSubscriber for VmEvents {
             self.take_all();
         } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
             self.end.set(End::Timeout);
+        } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
+            jobs.run_all();
         } else if let Some(number) = sources.signals.take() {
             self.end.set(End::Signal(number));
         }
@@ -198,8 +212,9 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
 
     let mut machine = machine.borrow_mut();
     machine.stop();
-    let stuck = machine.join(Instant::now() + STOP_BOUND);
+    // With it goes what devices wanted done: a vCPU that waits for that waits no longer.
     drop(manager);
+    let stuck = machine.join(Instant::now() + STOP_BOUND);
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
     }

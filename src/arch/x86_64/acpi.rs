@@ -3,7 +3,9 @@
 //! The machine is "hardware-reduced" (ACPI 6.5, 4.1): no timer, no PM block, no SCI. Linux then asks for no PIT, no
 //! 8259 PIC, no CMOS clock and no keyboard controller, which spares both the guest's probing and KVM's devices.
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -14,7 +16,7 @@ use acpi_tables::{Aml, aml};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use super::layout;
+use super::layout::{self, VirtioSlot};
 
 const OEM: [u8; 6] = *b"MICROV";
 const TABLE: [u8; 8] = *b"MICROVM ";
@@ -31,11 +33,16 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// Which devices the tables tell of.
 #[derive(Clone, Copy, Debug)]
-pub struct AcpiConfig {
+pub struct AcpiConfig<'a> {
     /// Number of vCPUs, at most 254; APIC IDs count from 0.
     pub cpus: u32,
     /// COM1 is there.
     pub serial: bool,
+    /// The virtio-mmio devices to tell of.
+    pub virtio: &'a [VirtioSlot],
+    /// The machine is hardware-reduced. Linux then has no interrupt but those that the tables describe: a kernel that is
+    /// told of devices in another way needs a machine that is not, with ISA's interrupts.
+    pub hardware_reduced: bool,
 }
 
 /// The tables could not be written.
@@ -67,7 +74,7 @@ pub fn write_tables(memory: &GuestMemoryMmap, config: AcpiConfig) -> Result<u64,
         Ok(address)
     };
     let dsdt = place(dsdt(config))?;
-    let fadt = place(fadt(dsdt))?;
+    let fadt = place(fadt(dsdt, config.hardware_reduced))?;
     let madt = place(madt(config.cpus))?;
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(fadt);
@@ -83,16 +90,16 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, hardware_reduced: bool) -> Vec<u8> {
     let port = |offset| {
         let address = u64::from(layout::ACPI_PM_PORT) + offset;
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
     };
-    let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
-        .dsdt_64(dsdt)
-        .flag(Flags::HwReducedAcpi)
-        .flag(Flags::ResetRegSup)
-        .flag(Flags::Wbinvd);
+    let mut fadt =
+        FADTBuilder::new(OEM, TABLE, REVISION).dsdt_64(dsdt).flag(Flags::ResetRegSup).flag(Flags::Wbinvd);
+    if hardware_reduced {
+        fadt = fadt.flag(Flags::HwReducedAcpi);
+    }
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
     fadt.sleep_control_reg = port(0);
     fadt.sleep_status_reg = port(1);
@@ -127,9 +134,23 @@ fn dsdt(config: AcpiConfig) -> Vec<u8> {
     let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io(layout::PVPANIC_PORT, 1)]));
     let pvpanic = Device::new("PEVT".into(), vec![&id, &resources]);
     Scope::new("\\_SB_".into(), vec![&pvpanic]).to_aml_bytes(&mut aml_code);
+    for (slot, uid) in config.virtio.iter().zip(0..) {
+        add_virtio_device(&mut aml_code, *slot, uid);
+    }
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     dsdt.append_slice(&aml_code);
     dsdt.as_slice().to_vec()
+}
+
+/// Adds a virtio-mmio device, as `drivers/virtio/virtio_mmio.c` looks for it.
+fn add_virtio_device(aml_code: &mut Vec<u8>, slot: VirtioSlot, uid: u32) {
+    let memory = Memory32Fixed::new(true, slot.address as u32, layout::VIRTIO_MMIO_LEN as u32);
+    let interrupt = Interrupt::new(true, true, false, false, slot.gsi);
+    let hid = Name::new("_HID".into(), &"LNRO0005");
+    let uid_name = Name::new("_UID".into(), &uid);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory, &interrupt]));
+    let device = Device::new(format!("V{uid:03}").as_str().into(), vec![&hid, &uid_name, &resources]);
+    Scope::new("\\_SB_".into(), vec![&device]).to_aml_bytes(aml_code);
 }
 
 #[cfg(test)]
@@ -138,9 +159,9 @@ mod tests {
 
     #[test]
     fn every_table_adds_up_to_zero() {
-        let config = AcpiConfig { cpus: 32, serial: true };
+        let config = AcpiConfig { cpus: 32, serial: true, virtio: &[], hardware_reduced: true };
         let rsdp = bytes(&Rsdp::new(OEM, 0xe_1000));
-        for table in [dsdt(config), fadt(0xe_0040), madt(32), rsdp] {
+        for table in [dsdt(config), fadt(0xe_0040, true), madt(32), rsdp] {
             let sum = table.iter().fold(0u8, |a, b| a.wrapping_add(*b));
             assert_eq!(sum, 0, "{:?}", String::from_utf8_lossy(&table[..4]));
         }
@@ -149,15 +170,39 @@ mod tests {
     #[test]
     fn the_rsdp_is_found_by_scanning() {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let rsdp = write_tables(&memory, AcpiConfig { cpus: 1, serial: false }).unwrap();
+        let rsdp =
+            write_tables(&memory, AcpiConfig { cpus: 1, serial: false, virtio: &[], hardware_reduced: true })
+                .unwrap();
         let mut signature = [0; 8];
         memory.read_slice(&mut signature, GuestAddress(rsdp)).unwrap();
         assert_eq!((rsdp % 16, &signature), (0, b"RSD PTR "));
     }
 
     #[test]
+    fn the_machine_is_hardware_reduced_where_it_may() {
+        let flags = |table: &[u8]| u32::from_le_bytes(table[112..116].try_into().unwrap());
+        assert_eq!(flags(&fadt(0, true)) >> 20 & 1, 1);
+        assert_eq!(flags(&fadt(0, false)) >> 20 & 1, 0);
+    }
+
+    #[test]
+    fn all_virtio_devices_fit() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let slots: Vec<_> = layout::virtio_slots().collect();
+        assert_eq!(slots.len(), layout::MAX_VIRTIO_DEVICES);
+        write_tables(&memory, AcpiConfig { cpus: 32, serial: true, virtio: &slots, hardware_reduced: true })
+            .unwrap();
+        let code = dsdt(AcpiConfig { cpus: 1, serial: true, virtio: &slots, hardware_reduced: true });
+        assert_eq!(code.windows(8).filter(|w| w == b"LNRO0005").count(), slots.len());
+    }
+
+    #[test]
     fn lengths_are_right() {
-        for table in [dsdt(AcpiConfig { cpus: 4, serial: true }), fadt(0), madt(4)] {
+        for table in [
+            dsdt(AcpiConfig { cpus: 4, serial: true, virtio: &[], hardware_reduced: true }),
+            fadt(0, false),
+            madt(4),
+        ] {
             let length = u32::from_le_bytes(table[4..8].try_into().unwrap());
             assert_eq!(length as usize, table.len());
         }

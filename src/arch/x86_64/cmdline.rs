@@ -2,6 +2,7 @@
 
 use linux_loader::loader::Cmdline;
 
+use super::layout::{VIRTIO_MMIO_LEN, VirtioSlot};
 use crate::config::{ConfigError, KernelConfig, MAX_CMDLINE, check_cmdline};
 
 /// The console, given where there is a serial port.
@@ -37,11 +38,27 @@ pub const ONE_CPU: (&str, &str) = (
     "lock prefixes stay: the kernel would patch thousands of places of its text to drop them",
 );
 
-/// The whole command line: default words (or `--cmdline`), then `--append`.
+/// What the command line tells of the machine.
+#[derive(Clone, Copy, Debug)]
+pub struct CmdlineConfig<'a> {
+    /// COM1 is there.
+    pub serial: bool,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// The virtio-mmio devices to tell of: those that ACPI does not tell of.
+    pub virtio: &'a [VirtioSlot],
+}
+
+/// The whole command line: default words (or `--cmdline`), the devices, then `--append`.
 ///
 /// # Errors
 /// Longer than Linux takes.
-pub fn command_line(kernel: &KernelConfig, serial: bool, cpus: u32) -> Result<Cmdline, ConfigError> {
+pub fn command_line(kernel: &KernelConfig, config: CmdlineConfig) -> Result<Cmdline, ConfigError> {
+    let CmdlineConfig { serial, cpus, virtio } = config;
+    // Linux, Documentation/admin-guide/kernel-parameters.txt: `virtio_mmio.device=<size>@<baseaddr>:<irq>`.
+    let device =
+        |s: &VirtioSlot| format!("virtio_mmio.device={VIRTIO_MMIO_LEN:#x}@{:#x}:{}", s.address, s.gsi);
+    let devices: Vec<_> = virtio.iter().map(device).collect();
     let mut words = Vec::new();
     match &kernel.cmdline {
         Some(line) => words.push(line.as_str()),
@@ -51,6 +68,7 @@ pub fn command_line(kernel: &KernelConfig, serial: bool, cpus: u32) -> Result<Cm
             words.extend((cpus == 1).then_some(ONE_CPU.0));
         }
     }
+    words.extend(devices.iter().map(String::as_str));
     words.push(&kernel.append);
     let line = words.join(" ").trim().to_string();
     check_cmdline(&line)?;
@@ -66,7 +84,12 @@ mod tests {
     fn line(change: impl Fn(&mut KernelConfig), serial: bool) -> String {
         let mut kernel = VmConfig::new("k".into()).kernel;
         change(&mut kernel);
-        command_line(&kernel, serial, 1).unwrap().as_cstring().unwrap().into_string().unwrap()
+        command_line(&kernel, CmdlineConfig { serial, cpus: 1, virtio: &[] })
+            .unwrap()
+            .as_cstring()
+            .unwrap()
+            .into_string()
+            .unwrap()
     }
 
     #[test]
@@ -78,6 +101,16 @@ mod tests {
     }
 
     #[test]
+    fn devices_stand_before_what_goes_to_init() {
+        let mut kernel = VmConfig::new("k".into()).kernel;
+        kernel.append = "-- /bin/sh".into();
+        let virtio = [VirtioSlot { address: 0xe000_0000, gsi: 5 }];
+        let config = CmdlineConfig { serial: true, cpus: 2, virtio: &virtio };
+        let text = command_line(&kernel, config).unwrap().as_cstring().unwrap().into_string().unwrap();
+        assert!(text.ends_with(" virtio_mmio.device=0x1000@0xe0000000:5 -- /bin/sh"), "{text}");
+    }
+
+    #[test]
     fn no_serial_port_no_console() {
         assert!(!line(|_| {}, false).contains("console="));
     }
@@ -86,7 +119,10 @@ mod tests {
     fn the_sum_of_both_has_a_limit() {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "x".repeat(MAX_CMDLINE - 20);
-        assert!(matches!(command_line(&kernel, true, 2), Err(ConfigError::CmdlineTooLong(_))));
+        assert!(matches!(
+            command_line(&kernel, CmdlineConfig { serial: true, cpus: 2, virtio: &[] }),
+            Err(ConfigError::CmdlineTooLong(_))
+        ));
     }
 
     #[test]

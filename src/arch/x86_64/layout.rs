@@ -6,7 +6,7 @@
 //! 0x0000_7000  Linux boot parameters     0x000e_0000  ACPI tables (found by scanning, too)
 //! 0x000f_fff0  what stands for the BIOS: a reset
 //! 0x0010_0000  kernel ... memory ... initramfs at the end of low memory, at most 3 GiB
-//! 0xc000_0000  no memory: devices, IOAPIC, local APIC
+//! 0xc000_0000  no memory: virtio devices at 0xe000_0000, IOAPIC, local APIC
 //! 0x1_0000_0000  memory above 3 GiB goes on here
 //! ```
 
@@ -42,6 +42,30 @@ pub const LAPIC: u32 = 0xfee0_0000;
 pub const KVM_TSS: u64 = 0xfffb_d000;
 /// An initrd must end below this: the default `initrd_addr_max` of the Linux boot protocol.
 pub const INITRD_MAX: u64 = 0x8000_0000;
+
+/// Registers of the first virtio-mmio device; the others follow.
+const VIRTIO_MMIO: u64 = 0xe000_0000;
+/// Length of a virtio-mmio device's registers, configuration space included.
+pub const VIRTIO_MMIO_LEN: u64 = 0x1000;
+/// Interrupts of virtio devices: the I/O APIC's pins behind COM1's. Edge-triggered lines cannot be shared.
+const VIRTIO_GSIS: std::ops::RangeInclusive<u32> = 5..=23;
+/// How many virtio devices a VM has room for.
+pub const MAX_VIRTIO_DEVICES: usize = 19;
+
+/// Where a virtio-mmio device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioSlot {
+    /// Guest-physical address of its registers.
+    pub address: u64,
+    /// Its interrupt.
+    pub gsi: u32,
+}
+
+/// The places for virtio-mmio devices, in order.
+pub fn virtio_slots() -> impl Iterator<Item = VirtioSlot> {
+    let addresses = (0..).map(|i| VIRTIO_MMIO + i * VIRTIO_MMIO_LEN);
+    addresses.zip(VIRTIO_GSIS).map(|(address, gsi)| VirtioSlot { address, gsi })
+}
 
 /// COM1.
 pub const SERIAL_PORT: u16 = 0x3f8;

@@ -1,0 +1,86 @@
+//! How a device reaches its driver: an interrupt, and why (virtio 1.3 §2.9, §4.2.2).
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// `InterruptStatus` bit: a used buffer.
+const USED_BUFFER: u32 = 1;
+/// `InterruptStatus` bit: a configuration change.
+const CONFIG_CHANGE: u32 = 2;
+
+/// A device's interrupt. Shared by the device's threads and its transport.
+pub struct Interrupt {
+    line: EventFd,
+    status: AtomicU32,
+    generation: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+impl Interrupt {
+    /// `line` raises the device's interrupt in the guest.
+    #[must_use]
+    pub fn new(line: EventFd) -> Self {
+        Self {
+            line,
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+        }
+    }
+
+    /// The device has used buffers, and the driver wants to know.
+    pub fn used_buffer(&self) {
+        self.raise(USED_BUFFER);
+    }
+
+    /// The device's configuration has changed.
+    pub fn config_changed(&self) {
+        // First, so that a driver which reads old and new parts sees two generations (§2.5.3).
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(CONFIG_CHANGE);
+    }
+
+    /// The driver did something that leaves the device without a way on (§2.1.2, `DEVICE_NEEDS_RESET`). Says so in
+    /// the log once, so a guest that does it again and again fills nothing.
+    pub fn needs_reset(&self, device: &str, reason: &dyn std::error::Error) {
+        if !self.needs_reset.swap(true, Ordering::SeqCst) {
+            log::info!(
+                "{device}: the guest's driver broke the rules, and the device waits for its reset: {reason}"
+            );
+            self.config_changed();
+        }
+    }
+
+    /// Whether it waits for a reset.
+    #[must_use]
+    pub fn is_reset_needed(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The configuration's generation. The register has 32 bits, of which the transport may show fewer.
+    pub(super) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Forgets what the old driver has not seen.
+    pub(super) fn reset(&self) {
+        self.needs_reset.store(false, Ordering::SeqCst);
+        self.status.store(0, Ordering::SeqCst);
+    }
+
+    fn raise(&self, bit: u32) {
+        // The status before the line: the guest's handler reads it at once.
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        // Full only after 2⁶⁴ - 2 interrupts that KVM did not take.
+        let _ = self.line.write(1);
+    }
+}
