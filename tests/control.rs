@@ -532,7 +532,7 @@ fn ctl_speaks_for_people_and_for_programs() {
     assert!(text(&["ctl", "a", "state"]).contains("memory_bytes    16777216\n"));
     assert_eq!(text(&["ctl", "a", "pause"]), "state  paused\n");
     assert_eq!(text(&["ctl", "a", "unpause", "--format", "json"]), "{\"state\":\"running\"}\n");
-    assert_eq!(text(&["ctl", "a", "devices"]), "com1  serial\n");
+    assert_eq!(text(&["ctl", "a", "devices"]), "rng   rng\ncom1  serial\n");
     assert!(
         text(&["ctl", "a", "device", "com1"]).contains("counters.microvm_serial_output_bytes_total  1\n")
     );

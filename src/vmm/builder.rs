@@ -106,7 +106,8 @@ pub fn build(
     config.validate()?;
     let serial = config.serial != Serial::Null;
     let files = BootFiles::open(&config.kernel)?;
-    let devices = Devices::open(config)?;
+    let mut controls = DeviceControls::default();
+    let devices = Devices::open(config, &metrics, &mut controls)?;
     let slots = Slots::of(&devices, config.discovery);
     let cmdline_config = CmdlineConfig { serial, cpus: config.cpus, virtio: &slots.cmdline };
     let cmdline = command_line(&config.kernel, cmdline_config)?;
@@ -144,7 +145,6 @@ pub fn build(
     // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
     let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
     let mut ports = Bus::default();
-    let mut controls = DeviceControls::default();
     // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
     let console = Console::new(&config.serial, &files, &vm, &mut ports, &metrics)?;
