@@ -19,7 +19,7 @@ use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
 /// Far longer than anything here takes, and shorter than a hang.
-const LONG: Duration = Duration::from_secs(30);
+const LONG: Duration = Duration::from_secs(60);
 
 /// A user's run-time folder, and the VMs in it.
 struct Station {
@@ -280,16 +280,19 @@ fn two_hundred_pauses_in_heavy_port_io_lose_nothing() {
 #[test]
 fn a_vcpu_that_waits_for_the_consoles_reader_can_be_paused() {
     let station = Station::new();
-    let mut vm = station.start("a", &count_fast(), &[]);
+    let mut vm = station.start("a", &count_fast(), &["--timeout", "5m"]);
+    // The smallest pipe there is: soon full.
+    let pipe = vm.child.stdout.as_ref().unwrap();
+    rustix::pipe::fcntl_setpipe_size(pipe, 4096).unwrap();
     let unwritten =
         |vm: &Vm| vm.ask("GET", "/devices/com1", None).1["state"]["unwritten_bytes"].as_u64().unwrap();
-    eventually("pipe and buffer are full", || unwritten(&vm) >= 64 << 10);
+    eventually("the buffer is full", || unwritten(&vm) >= 64 << 10);
     for _ in 0..3 {
         vm.set_state("paused");
         vm.set_state("running");
     }
     // More than pipe and buffer hold.
-    let mut read = vec![0; 144 << 10];
+    let mut read = vec![0; 80 << 10];
     vm.child.stdout.as_mut().unwrap().read_exact(&mut read).unwrap();
     // The first one was read at the start.
     assert_counts(&[&[0], read.as_slice()].concat(), false);
@@ -362,15 +365,21 @@ fn a_name_belongs_to_one_vm_at_a_time() {
     assert_fails(&output, 1, &["--name web", "runs already"]);
     assert_eq!(fs::read(console).unwrap(), b"kept", "a VM that cannot be has emptied a file");
     vm.assert_serves();
-    // Of many that start at once, one wins.
+    // Of many that start at once, one wins: the others end, and it runs on.
     let code = [print("u"), SPIN.to_vec()].concat();
-    let start = |_| {
-        station.boot(&code, &["--name", "race", "--timeout", "2s"]).stderr(Stdio::null()).spawn().unwrap()
+    let start = |_| station.boot(&code, &["--name", "race"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut children: Vec<Child> = (0..6).map(start).collect();
+    let ended = |children: &mut Vec<Child>| -> Vec<i32> {
+        let statuses = children.iter_mut().filter_map(|c| c.try_wait().unwrap());
+        statuses.map(|status| status.code().unwrap()).collect()
     };
-    let children: Vec<Child> = (0..6).map(start).collect();
-    let statuses: Vec<_> = children.into_iter().map(|mut c| c.wait().unwrap().code().unwrap()).collect();
-    assert_eq!(statuses.iter().filter(|s| **s == 124).count(), 1, "{statuses:?}");
-    assert_eq!(statuses.iter().filter(|s| **s == 1).count(), 5, "{statuses:?}");
+    eventually("five have ended", || ended(&mut children).len() >= 5);
+    assert_eq!(ended(&mut children), [1; 5]);
+    eventually("the socket is there", || station.socket("race").exists());
+    assert_eq!(station.run(&["ctl", "race", "stop"]).status.code(), Some(0));
+    let mut all: Vec<i32> = children.iter_mut().map(|c| c.wait().unwrap().code().unwrap()).collect();
+    all.sort_unstable();
+    assert_eq!(all, [1, 1, 1, 1, 1, 143]);
 }
 
 #[test]
@@ -815,7 +824,6 @@ fn sixty_four_clients_at_once() {
 fn slow_clients_hold_nobody_up_and_are_sent_away() {
     let station = Station::new();
     let vm = station.idle("a");
-    let begin = Instant::now();
     let mut slow: Vec<Http> = (0..20).map(|_| vm.http()).collect();
     slow.iter_mut().for_each(|c| c.send(b"GET /vm HTTP/1.1\r\nHost:"));
     // One that asks for much and reads nothing.
@@ -823,15 +831,18 @@ fn slow_clients_hold_nobody_up_and_are_sent_away() {
     deaf.stream.set_nonblocking(true).unwrap();
     let many = request("GET", "/metrics", "", "").repeat(1000);
     let _ = deaf.stream.write(&many);
-    for _ in 0..100 {
+    for _ in 0..5 {
         vm.assert_serves();
     }
-    assert!(begin.elapsed() < Duration::from_secs(4), "100 requests took {:?}", begin.elapsed());
+    // Whoever came behind them is served, and their time is not over yet.
+    slow[0].stream.set_nonblocking(true).unwrap();
+    let early = slow[0].stream.read(&mut [0]);
+    assert!(early.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock), "served after the slow ones alone");
+    slow[0].stream.set_nonblocking(false).unwrap();
     for client in &mut slow {
         let answer = client.response().unwrap();
         assert_eq!(answer.status, 408, "{}", answer.body);
     }
-    assert!(begin.elapsed() >= Duration::from_secs(4), "sent away at once");
 }
 
 #[test]
