@@ -160,7 +160,7 @@ const ATTACKS: &[Attack] = attacks! {
     other_interface: "unknown" => call(0x4000_0000 | libc::SYS_getpid, [0]);
 };
 
-/// What a vCPU and the console may not do beside; the VMM thread may.
+/// What a vCPU, the console and the control socket's thread may not do beside; the VMM thread may.
 const NARROW: &[Attack] = attacks! {
     start_a_thread: "clone" => call(libc::SYS_clone, [0x003d_0f00, 0, 0, 0, 0]);
     start_a_thread_anew: "clone3" => call(libc::SYS_clone3, [0, 0]);
@@ -172,7 +172,7 @@ const NARROW: &[Attack] = attacks! {
     connect_an_interrupt: "ioctl" => call(libc::SYS_ioctl, [-1, 0x4020_ae76, 0]);
 };
 
-/// What the console may not do beside; a vCPU may.
+/// What the console and the control socket's thread may not do beside; a vCPU may.
 const CONSOLE_ONLY: &[Attack] = attacks! {
     run_a_guest: "ioctl" => call(libc::SYS_ioctl, [-1, 0xae80, 0]);
     read_own_memory: "process_vm_readv" => call(libc::SYS_process_vm_readv, [std::process::id().into(), 0, 0, 0, 0, 0]);
@@ -215,6 +215,19 @@ const REMOVALS: &[Attack] = attacks! {
     remove_outside: "unlink" => remove("../outside");
 };
 
+/// The same with the call that the control socket's thread has for its socket and its folder.
+const REMOVALS_AT: &[Attack] = attacks! {
+    remove_inside_at: "unlinkat" => remove_at("inside", 0);
+    remove_outside_at: "unlinkat" => remove_at("../outside", 0);
+    remove_folder_at: "unlinkat" => remove_at("", libc::AT_REMOVEDIR);
+};
+
+fn remove_at(name: &str, flags: c_int) -> c_long {
+    let folder = std::env::var(FOLDER).unwrap_or_else(|_| "/nonexistent".into());
+    let path = std::ffi::CString::new(format!("{folder}/{name}")).unwrap();
+    call(libc::SYS_unlinkat, [CWD, text(&path), flags.into()])
+}
+
 fn remove(name: &str) -> c_long {
     let folder = std::env::var(FOLDER).unwrap();
     let path = std::ffi::CString::new(format!("{folder}/{name}")).unwrap();
@@ -228,12 +241,13 @@ const CRASHES: &[Attack] = attacks! {
 };
 
 fn attack(name: &str) -> &'static Attack {
-    let all = [ATTACKS, NARROW, CONSOLE_ONLY, WORK, REMOVALS, CRASHES];
+    let all = [ATTACKS, NARROW, CONSOLE_ONLY, WORK, REMOVALS, REMOVALS_AT, CRASHES];
     all.iter().flat_map(|a| a.iter()).find(|a| a.name == name).expect("an attack of this name")
 }
 
 const ENVIRONMENT: &str = "MICROVM_TEST_VICTIM";
 const FOLDER: &str = "MICROVM_TEST_FOLDER";
+const PARENT_FOLDER: &str = "MICROVM_TEST_PARENT_FOLDER";
 
 /// Confines itself as `microvm boot` does, then runs one attack in a thread of one kind and says what it got.
 #[test]
@@ -244,7 +258,9 @@ fn victim() {
     let [level, thread, name] = words[..] else { panic!("three words: {words:?}") };
     parent();
     let level = if level == "off" { Sandbox::Off } else { Sandbox::On };
-    let folders: Vec<_> = std::env::var_os(FOLDER).map(|f| Folder(f.into())).into_iter().collect();
+    let files = std::env::var_os(FOLDER).map(|f| Folder::Files(f.into()));
+    let folders = std::env::var_os(PARENT_FOLDER).map(|f| Folder::Folders(f.into()));
+    let folders: Vec<_> = files.into_iter().chain(folders).collect();
     let confined = Layers::find(level).unwrap().confine_process(&Kept::default(), &folders).unwrap();
     let run = attack(name).run;
     match thread {
@@ -256,6 +272,7 @@ fn victim() {
         }
         "vcpu0" => in_thread(confined, ThreadKind::Vcpu, thread, run),
         "console" => in_thread(confined, ThreadKind::Console, thread, run),
+        "control" => in_thread(confined, ThreadKind::Control, thread, run),
         // As a device's worker: started when the VMM thread is confined.
         "worker" => {
             confined.confine_thread(ThreadKind::Vmm).unwrap();
@@ -361,7 +378,7 @@ fn attacks_are_refused_in_every_thread() {
     let victims = Victims::new();
     for user in users() {
         for attack in ATTACKS {
-            for thread in ["vmm", "vcpu0", "console"] {
+            for thread in ["vmm", "vcpu0", "console", "control"] {
                 victims.is_refused(user, thread, attack);
             }
         }
@@ -373,11 +390,18 @@ fn narrow_threads_may_not_do_what_the_vmm_may() {
     let victims = Victims::new();
     for user in users() {
         for attack in NARROW {
-            victims.is_refused(user, "vcpu0", attack);
-            victims.is_refused(user, "console", attack);
+            for thread in ["vcpu0", "console", "control"] {
+                victims.is_refused(user, thread, attack);
+            }
         }
         for attack in CONSOLE_ONLY {
             victims.is_refused(user, "console", attack);
+            victims.is_refused(user, "control", attack);
+        }
+        for attack in REMOVALS_AT {
+            for thread in ["vmm", "vcpu0", "console"] {
+                victims.is_refused(user, thread, attack);
+            }
         }
     }
 }
@@ -479,10 +503,40 @@ fn a_folder_on_the_list_allows_removal_alone() {
     assert!(text.contains("open a folder for Landlock"), "{text}");
 }
 
+/// As at the end of a VM: the files of its folder, then the folder, but not what is in the folder of another VM.
+#[test]
+fn the_control_thread_removes_what_is_its_own() {
+    if Layers::of_host().landlock_abi() == 0 {
+        return eprintln!("skipped: no Landlock here");
+    }
+    let victims = Victims::new();
+    let dir = TempDir::new().unwrap();
+    let folder = dir.path().join("folder");
+    fs::create_dir(&folder).unwrap();
+    let (inside, outside) = (folder.join("inside"), dir.path().join("outside"));
+    let run = |attack: &str, parent: bool| {
+        let mut command = victims.command(User::Same, "on", "control", attack);
+        command.env(FOLDER, &folder);
+        if parent {
+            command.env(PARENT_FOLDER, dir.path());
+        }
+        let text = stderr(&command.output().unwrap());
+        text.lines().find_map(|l| l.strip_prefix("answer ")).unwrap_or_else(|| panic!("{text}")).to_string()
+    };
+    let refused = format!("-{}", libc::EACCES);
+    fs::write(&inside, "").unwrap();
+    fs::write(&outside, "").unwrap();
+    assert_eq!(run("remove_outside_at", true), refused);
+    assert_eq!(run("remove_inside_at", true), "0");
+    assert_eq!(run("remove_folder_at", false), refused);
+    assert_eq!(run("remove_folder_at", true), "0");
+    assert!(outside.exists() && !folder.exists());
+}
+
 #[test]
 fn a_panic_is_told_and_no_violation() {
     let victims = Victims::new();
-    for thread in ["vmm", "vcpu0", "console", "worker", "late"] {
+    for thread in ["vmm", "vcpu0", "console", "control", "worker", "late"] {
         let mut command = victims.command(User::Same, "on", thread, "panic");
         let text = stderr(&command.env("RUST_BACKTRACE", "full").output().unwrap());
         let line = text.lines().find(|l| l.contains("a panic on two lines"));
@@ -527,7 +581,7 @@ fn boot_as(host: &Host, user: User, code: &[u8], flags: &[&str]) -> Command {
     if user == User::Same {
         return ordinary;
     }
-    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let (program, device) = (host.dir.path().join("microvm"), host.dir.path().join("kvm"));
     copy_program(Path::new(ordinary.get_program()), &program);
     let number = rustix::fs::stat("/dev/kvm").unwrap().st_rdev;
@@ -551,7 +605,8 @@ fn filters(process: &str) -> Option<u32> {
 fn every_thread_of_a_running_vm_is_confined() {
     for user in users() {
         let host = Host::new();
-        let vm = Running::start(&mut boot_as(&host, user, &spin(), &["--cpus", "3"]));
+        let vm =
+            Running::start(&mut boot_as(&host, user, &spin(), &["--cpus", "3", "--control", "control.sock"]));
         let mut names = Vec::new();
         for task in fs::read_dir(vm.proc().join("task")).unwrap() {
             let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
@@ -574,7 +629,7 @@ fn every_thread_of_a_running_vm_is_confined() {
             }
             names.push(field("Name"));
         }
-        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console"] {
+        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "control"] {
             assert!(names.iter().any(|n| n == name), "no {name} among {names:?}");
         }
         let limits = fs::read_to_string(vm.proc().join("limits")).unwrap();
@@ -627,12 +682,16 @@ fn only_named_descriptors_are_open() {
     }
     let host = Host::new();
     let kernel = host.kernel(&spin());
-    let flags = ["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"];
+    let metrics = ["--control", "control.sock", "--metrics", "metrics.json"];
+    let flags = [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics].concat();
     let named = [
         "/memfd:guest-memory (deleted)",
         "a path", // standard input, again for the serial port
         "a path",
-        // Event loop, serial port twice; what devices want done; the random numbers' notification and interrupt.
+        "a path", // the control socket's folder, the file of --metrics
+        "a path",
+        // Event loop, serial port twice; the control thread's end; what devices want done; the random numbers' notification and interrupt.
+        "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
@@ -650,6 +709,7 @@ fn only_named_descriptors_are_open() {
         "pipe:[", // standard output, again for the serial port, and standard error
         "pipe:[",
         "pipe:[",
+        "socket:[", // the control socket
     ];
     for sandbox in ["on", "off"] {
         let mut command = host.boot(&kernel, &[&flags[..], &["--sandbox", sandbox]].concat());

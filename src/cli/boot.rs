@@ -11,9 +11,12 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial, VmConfig};
-use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
-use crate::vmm::{self, End};
+use crate::config::{
+    Control as ControlConfig, Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial, VmConfig,
+};
+use crate::control::{Control, Place};
+use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
+use crate::vmm::{self, End, Ended, Vmm};
 
 use super::{CliError, chain, say};
 
@@ -24,7 +27,7 @@ const AFTER_HELP: &str = "Exit status:
   101      the guest's kernel panicked (told by its pvpanic driver)
   102      the guest triple-faulted, or KVM gave up on it
   124      --timeout passed
-  128 + N  signal N ended microvm (130: Ctrl-A x, or SIGINT)
+  128 + N  signal N ended microvm (130: Ctrl-A x, or SIGINT; 143: SIGTERM, or microvm ctl NAME stop)
   159      microvm made a system call that its sandbox forbids: it has a bug, or a guest broke out
   0-127    chosen by the guest through --exit-code-port
 
@@ -37,6 +40,7 @@ Examples:
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
   microvm boot --kernel vmlinux --disk root.img --root --disk data.img,readonly
+  microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
@@ -101,6 +105,15 @@ pub struct BootArgs {
     /// it lacks), strict (by every layer, or not started), off (for debuggers) [default: on]
     #[arg(long, value_name = "HOW", value_parser = parse_sandbox)]
     sandbox: Option<Sandbox>,
+    /// What the VM is called in `microvm ps` and `microvm ctl` [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Where the VM is controlled: the path of a socket, or none [default: in the user's run-time folder]
+    #[arg(long, value_name = "PATH|none", value_parser = OsStringValueParser::new().map(|text| parse_control(&text)))]
+    control: Option<ControlConfig>,
+    /// Write all counters as JSON to a file when the VM has ended
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
     /// Read the VM from a JSON file; flags beside it win
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -130,6 +143,10 @@ fn parse_serial(text: &OsStr) -> Result<Serial, String> {
         }
         _ => Err("allowed are stdio, null and file=PATH".into()),
     }
+}
+
+fn parse_control(text: &OsStr) -> ControlConfig {
+    if text == "none" { ControlConfig::None } else { ControlConfig::Path(text.into()) }
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -186,7 +203,8 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 /// Boots, and says how it ended.
 pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     let format = args.timeline;
-    let (print, kvm_device) = (args.print_config, args.kvm_device.clone());
+    let (print, kvm_device, metrics_path) =
+        (args.print_config, args.kvm_device.clone(), args.metrics.clone());
     let config = into_config(args)?;
     if print {
         config.validate().map_err(vmm::BuildError::from)?;
@@ -199,8 +217,26 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     }
     let timeline = Arc::new(Timeline::new(clock, format.is_some()));
     timeline.mark(Phase::Start);
-    let end = vmm::run(vmm::build(&config, &kvm_device, timeline.clone())?)?;
+    config.validate().map_err(vmm::BuildError::from)?;
+    let place = claim(&config)?;
+    let mut metrics_file = metrics_path.as_deref().map(create_metrics).transpose()?;
+    let metrics = Arc::new(Registry::new(metrics_file.is_some()));
+    let mut vmm = vmm::build(&config, &kvm_device, timeline.clone(), metrics)?;
+    if let Some(control) = prepare_control(place, &config, &vmm)? {
+        vmm.add_service(Box::new(control));
+    }
+    if let Some((file, path)) = metrics_file.as_mut().zip(metrics_path) {
+        file.empty().map_err(|source| CliError::Metrics { path, source })?;
+        vmm.keep("the file of --metrics", file);
+    }
+    let Ended { end, metrics } = vmm::run(vmm)?;
     report(&end);
+    if let Some((file, snapshot)) = metrics_file.zip(metrics)
+        && let Err(e) = file.write(&snapshot)
+    {
+        // The guest's status matters more.
+        say(&format!("--metrics cannot be written: {e}"));
+    }
     if let Some(format) = format {
         let format = match format {
             Format::Human => TimelineFormat::Human,
@@ -212,6 +248,34 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     Ok(end.exit_status())
 }
 
+/// Takes the VM's name before anything is built. A VM that nobody gave a name or a socket also runs without: a host
+/// may have no place for one.
+fn claim(config: &VmConfig) -> Result<Option<Place>, CliError> {
+    match Place::claim(config.name.as_deref(), &config.control) {
+        Err(e) if config.name.is_none() && config.control == ControlConfig::Auto => {
+            log::warn!("this VM has no control socket: {}", chain(&e));
+            Ok(None)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Makes the VM's control socket, with the same exception.
+fn prepare_control(place: Option<Place>, config: &VmConfig, vmm: &Vmm) -> Result<Option<Control>, CliError> {
+    let Some(place) = place else { return Ok(None) };
+    match Control::prepare(place, config, vmm.handle()) {
+        Err(e) if config.name.is_none() && config.control == ControlConfig::Auto => {
+            log::warn!("this VM has no control socket: {}", chain(&e));
+            Ok(None)
+        }
+        other => Ok(Some(other?)),
+    }
+}
+
+fn create_metrics(path: &Path) -> Result<MetricsFile, CliError> {
+    MetricsFile::create(path).map_err(|source| CliError::Metrics { path: path.into(), source })
+}
+
 fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     let mut config = match (&args.config, &args.kernel) {
         (Some(path), _) => read_config(path)?,
@@ -221,6 +285,8 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     if let Some(path) = args.kernel {
         config.kernel.path = path;
     }
+    config.name = args.name.or(config.name);
+    config.control = args.control.unwrap_or(config.control);
     config.kernel.initrd = args.initrd.or(config.kernel.initrd);
     config.kernel.cmdline = args.cmdline.or(config.kernel.cmdline);
     config.kernel.append = args.append.unwrap_or(config.kernel.append);
@@ -268,7 +334,7 @@ fn report(end: &End) {
         }
         End::Panic => say("the guest's kernel panicked; its console says why"),
         End::Timeout => say("--timeout passed; the VM was stopped"),
-        End::PowerOff | End::Reset | End::Exit(_) | End::Signal(_) | End::Escape => {
+        End::PowerOff | End::Reset | End::Exit(_) | End::Signal(_) | End::Escape | End::Stop => {
             log::info!("the VM ended: {end:?}");
         }
     }

@@ -2,8 +2,10 @@
 
 mod boot;
 mod completions;
+mod ctl;
 mod doctor;
 mod man;
+mod ps;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -12,6 +14,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
 
+use crate::control::{ClientError, ControlError, PlaceError};
 use crate::logger;
 use crate::metrics::Clock;
 use crate::vmm::{BuildError, RunError};
@@ -30,6 +33,8 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio
   microvm boot --kernel bzImage --cpus 2 --memory 1G --timeline
+  microvm ps
+  microvm ctl NAME pause
   microvm doctor
 
 `microvm COMMAND --help` tells more of each.";
@@ -38,6 +43,10 @@ const EXAMPLES: &str = "Examples:
 enum Command {
     /// Boot a Linux kernel in a new virtual machine
     Boot(Box<boot::BootArgs>),
+    /// List this user's virtual machines
+    Ps(ps::PsArgs),
+    /// Control a running virtual machine: state, pause, resume, stop, metrics, devices
+    Ctl(ctl::CtlArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
     /// Print a shell's completions
@@ -76,6 +85,24 @@ pub enum CliError {
     /// The VM cannot be run.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The file of `--metrics`.
+    #[error("--metrics {path} cannot be written")]
+    Metrics {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The control socket's place.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A VM that cannot be asked, or that refused.
+    #[error(transparent)]
+    Client(#[from] ClientError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -99,7 +126,14 @@ impl CliError {
             | Self::Config { .. }
             | Self::ConfigJson { .. }
             | Self::Build(BuildError::Config(_)) => 2,
-            Self::Build(_) | Self::Run(_) | Self::Folder { .. } | Self::Output(_) => 1,
+            Self::Build(_)
+            | Self::Run(_)
+            | Self::Metrics { .. }
+            | Self::Place(_)
+            | Self::Control(_)
+            | Self::Client(_)
+            | Self::Folder { .. }
+            | Self::Output(_) => 1,
         }
     }
 }
@@ -133,6 +167,8 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
     logger::start(cli.verbose);
     match cli.command {
         Command::Boot(args) => boot::run(*args, clock),
+        Command::Ps(args) => ps::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),

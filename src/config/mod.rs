@@ -4,6 +4,7 @@
 
 mod disk;
 mod memory;
+mod name;
 mod size;
 
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use thiserror::Error;
 
 pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
+pub use name::is_name;
 pub use size::{ParseSizeError, Size};
 
 /// The most vCPUs a VM may have.
@@ -26,6 +28,12 @@ pub const MAX_CMDLINE: usize = 2047;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
+    /// What the VM is called on this host; made up where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Where the VM is controlled.
+    #[serde(default, skip_serializing_if = "Control::is_auto")]
+    pub control: Control,
     /// What is booted.
     pub kernel: KernelConfig,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
@@ -147,9 +155,41 @@ impl Serial {
     }
 }
 
+/// Where a running VM is controlled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Control {
+    /// A socket in the user's run-time folder, in a folder of the VM's name: `microvm ps` finds it there.
+    #[default]
+    Auto,
+    /// Nowhere.
+    None,
+    /// A socket at this path.
+    Path(PathBuf),
+}
+
+impl Control {
+    fn path(&self) -> Option<&PathBuf> {
+        match self {
+            Self::Path(path) => Some(path),
+            Self::Auto | Self::None => None,
+        }
+    }
+
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
 /// What is wrong with a configuration that was read without error.
 #[derive(Debug, Error)]
 pub enum ConfigError {
+    /// A name that does not fit a path.
+    #[error(
+        "--name {0:?}: a name is 1 to {max} letters, digits, _, - and ., and starts with a letter or a digit",
+        max = name::MAX_NAME
+    )]
+    Name(String),
     /// Zero or too many vCPUs.
     #[error("--cpus {0}: a VM has 1 to {MAX_CPUS} vCPUs")]
     Cpus(u32),
@@ -222,6 +262,8 @@ impl VmConfig {
     #[must_use]
     pub fn new(kernel: PathBuf) -> Self {
         Self {
+            name: None,
+            control: Control::Auto,
             kernel: KernelConfig {
                 path: kernel,
                 initrd: None,
@@ -249,6 +291,9 @@ impl VmConfig {
     /// # Errors
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(name) = self.name.as_ref().filter(|n| !is_name(n)) {
+            return Err(ConfigError::Name(name.clone()));
+        }
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus(self.cpus));
         }
@@ -262,6 +307,7 @@ impl VmConfig {
             ("--kernel (kernel.path in a --config)", Some(&self.kernel.path)),
             ("--initrd (kernel.initrd in a --config)", self.kernel.initrd.as_ref()),
             ("--serial file=PATH (serial.file in a --config)", self.serial.path()),
+            ("--control PATH (control.path in a --config)", self.control.path()),
         ];
         if let Some((name, _)) = paths.iter().find(|(_, p)| p.is_some_and(|p| p.as_os_str().is_empty())) {
             return Err(ConfigError::EmptyPath(name));
@@ -332,6 +378,8 @@ mod tests {
         c.kernel.append = "loglevel=7".into();
         c.timeout = Some(Duration::from_millis(1500));
         c.serial = Serial::File("out.log".into());
+        c.name = Some("web-1".into());
+        c.control = Control::Path("vm.sock".into());
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         c.sandbox = Sandbox::Strict;
         c.disks = vec![DiskConfig::new("root.img".into())];

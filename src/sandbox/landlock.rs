@@ -26,12 +26,14 @@ pub(super) fn lacks(abi: u32) -> impl Iterator<Item = Lack> {
     FEATURES.into_iter().filter(move |(since, _)| *since > abi).map(|(_, lack)| lack).take(count)
 }
 
-/// A folder in which entries may still be removed; nothing else is allowed in it.
+/// A folder in which something may still be removed; nothing else is allowed in it.
 #[derive(Clone, Debug)]
-pub struct Folder(
-    /// Its path.
-    pub PathBuf,
-);
+pub enum Folder {
+    /// Files, in it and in the folders below it.
+    Files(PathBuf),
+    /// Empty folders, in it and in the folders below it.
+    Folders(PathBuf),
+}
 
 /// Takes every right away from this thread and those that it starts, but for `folders`.
 pub(super) fn restrict(folders: &[Folder]) -> Result<(), SandboxError> {
@@ -42,9 +44,13 @@ pub(super) fn restrict(folders: &[Folder]) -> Result<(), SandboxError> {
         .and_then(|rules| rules.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(&failed)?;
-    for Folder(path) in folders {
+    for folder in folders {
+        let (path, right) = match folder {
+            Folder::Files(path) => (path, AccessFs::RemoveFile),
+            Folder::Folders(path) => (path, AccessFs::RemoveDir),
+        };
         let folder = PathFd::new(path).map_err(layer("open a folder for Landlock"))?;
-        rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile)).map_err(&failed)?;
+        rules = rules.add_rule(PathBeneath::new(folder, right)).map_err(&failed)?;
     }
     rules.restrict_self().map_err(&failed)?;
     Ok(())

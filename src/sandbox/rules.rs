@@ -18,11 +18,13 @@ pub enum ThreadKind {
     Console,
     /// Serves a virtio device.
     Worker,
+    /// Serves the control socket.
+    Control,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::Vmm, Self::Vcpu, Self::Console, Self::Worker];
+    pub const ALL: [Self; 5] = [Self::Vmm, Self::Vcpu, Self::Console, Self::Worker, Self::Control];
 
     /// Its tables. Each call stands in one of them only.
     pub(super) const fn tables(self) -> &'static [&'static [Rule]] {
@@ -31,6 +33,7 @@ impl ThreadKind {
             Self::Vcpu => &[COMMON, VCPU],
             Self::Console => &[COMMON, CONSOLE],
             Self::Worker => &[COMMON, WORKERS, WORKER],
+            Self::Control => &[COMMON, CONTROL],
         }
     }
 }
@@ -38,6 +41,7 @@ impl ThreadKind {
 // Requests of ioctl(2): Linux, `include/uapi/linux/kvm.h`, `include/uapi/linux/if_tun.h`,
 // `include/uapi/asm-generic/ioctls.h`.
 const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
+const KVM_KVMCLOCK_CTRL: (&str, u32) = ("KVM_KVMCLOCK_CTRL", 0xaead);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
@@ -168,7 +172,7 @@ pub(super) const WORKERS: &[Rule] = &[
     allow(libc::SYS_recvfrom, "a socket"),
     allow(libc::SYS_sendmsg, "a socket from pieces of guest memory"),
     allow(libc::SYS_recvmsg, "a socket into pieces of guest memory"),
-    allow(libc::SYS_accept4, "a client of the control socket, a host's program at a vsock"),
+    allow(libc::SYS_accept4, "a host's program at a vsock"),
     allow_if(
         libc::SYS_socket,
         &[Check::Is(0, "family", &[("AF_UNIX", libc::AF_UNIX as u32)])],
@@ -185,8 +189,12 @@ pub(super) const WORKERS: &[Rule] = &[
 const VCPU: &[Rule] = &[
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[KVM_RUN, KVM_GET_REGS, KVM_TRANSLATE, TCSETS, TCSETS2])],
-        "runs the guest; says where it was when KVM gave up on it; a panic gives the terminal back",
+        &[Check::Is(
+            1,
+            "request",
+            &[KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, KVM_TRANSLATE, TCSETS, TCSETS2],
+        )],
+        "runs the guest; tells it of a pause; says where it was when KVM gave up on it; a panic gives the terminal back",
     ),
     allow_if(
         libc::SYS_process_vm_readv,
@@ -216,6 +224,27 @@ const WORKER: &[Rule] = &[
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
         "a tap's offloads; sockets that do not block; a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// The control socket's thread also removes the socket at the end, so that no thread that the guest gives work has to.
+const CONTROL: &[Rule] = &[
+    allow(libc::SYS_poll, "waits for clients"),
+    allow(libc::SYS_ppoll, "waits for clients, with a time limit"),
+    allow(libc::SYS_accept4, "a client comes"),
+    allow(libc::SYS_recvfrom, "a request"),
+    allow(libc::SYS_sendto, "an answer"),
+    allow(libc::SYS_shutdown, "the end of the answers, for a client that is refused"),
+    allow(libc::SYS_pread64, "KVM's exit counters, for GET /metrics"),
+    allow(
+        libc::SYS_unlinkat,
+        "the socket and its folder at the end; Landlock allows it in their folders alone",
+    ),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -8,6 +8,7 @@ static VMM: Program = Program::new(ThreadKind::Vmm.tables());
 static VCPU: Program = Program::new(ThreadKind::Vcpu.tables());
 static CONSOLE: Program = Program::new(ThreadKind::Console.tables());
 static WORKER: Program = Program::new(ThreadKind::Worker.tables());
+static CONTROL: Program = Program::new(ThreadKind::Control.tables());
 
 fn program(kind: ThreadKind) -> &'static Program {
     match kind {
@@ -15,6 +16,7 @@ fn program(kind: ThreadKind) -> &'static Program {
         ThreadKind::Vcpu => &VCPU,
         ThreadKind::Console => &CONSOLE,
         ThreadKind::Worker => &WORKER,
+        ThreadKind::Control => &CONTROL,
     }
 }
 
@@ -203,6 +205,7 @@ mod tests {
             ("Workers of devices", ThreadKind::Worker.tables()[2]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),
+            ("Control thread", ThreadKind::Control.tables()[1]),
         ] {
             write!(text, "\n### {title}\n\n| call | if | reason |\n|---|---|---|\n").unwrap();
             for rule in table {

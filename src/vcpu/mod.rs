@@ -164,6 +164,15 @@ impl Vcpu {
         }
     }
 
+    /// Tells a guest that keeps its time with KVM's clock that it was not running, so that its watchdog does not take
+    /// the pause for a lock-up (KVM API 4.71, `KVM_KVMCLOCK_CTRL`).
+    fn tell_guest_of_pause(&self) {
+        if let Err(e) = self.fd.kvmclock_ctrl() {
+            // EINVAL: the guest has no such clock (yet). A host that lacks the request has no other way.
+            log::trace!("vCPU {}: KVM_KVMCLOCK_CTRL: {e}", self.index);
+        }
+    }
+
     fn interrupted(&self) -> Outcome {
         self.counters.add(Reason::Interrupted);
         Outcome::Interrupted

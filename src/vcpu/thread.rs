@@ -20,13 +20,15 @@ use crate::sys::signals;
 use super::run_page::RunPage;
 use super::{Fault, Outcome, Vcpu};
 
-/// Something that concerns the whole VM happened on a vCPU; the vCPU waits.
+/// Something that concerns the whole VM happened on a vCPU; the vCPU waits for a command.
 #[derive(Debug)]
 pub enum VcpuEvent {
     /// A device asks for this.
     Device(Action),
     /// The vCPU cannot go on.
     Fault(Fault),
+    /// The vCPU is parked, as [`VcpuThread::pause`] with this number asked.
+    Parked(u64),
 }
 
 /// The default of 2 MiB is what a huge page fits: a thread that touches one page of it would take all.
@@ -34,6 +36,7 @@ const STACK: usize = 256 << 10;
 
 enum Command {
     Run,
+    Pause(u64),
     Stop,
 }
 
@@ -89,6 +92,12 @@ impl VcpuThread {
         self.send(Command::Run);
     }
 
+    /// Asks the thread to park, out of the guest and of any device, with no port or memory access half done. It says
+    /// so with [`VcpuEvent::Parked`] of the same `number`, which tells it from the answer to an earlier pause.
+    pub fn pause(&self, number: u64) {
+        self.send(Command::Pause(number));
+    }
+
     /// Asks the thread to end. It does so once it is out of the guest and of any device.
     pub fn stop(&self) {
         self.send(Command::Stop);
@@ -123,6 +132,11 @@ fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, reports: &Reports) {
         };
         match command {
             Ok(Command::Run) => running = true,
+            Ok(Command::Pause(number)) => {
+                running = false;
+                park(&mut vcpu, reports);
+                report(reports, VcpuEvent::Parked(number));
+            }
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
             Err(TryRecvError::Empty) => running = run_until_interrupted(&mut vcpu, reports),
         }
@@ -131,18 +145,60 @@ fn run(mut vcpu: Vcpu, commands: &Receiver<Command>, reports: &Reports) {
 
 /// Runs the guest. `true`: something interrupted it. `false`: it waits for the VM's answer to an event.
 fn run_until_interrupted(vcpu: &mut Vcpu, reports: &Reports) -> bool {
-    let event = loop {
+    loop {
         match vcpu.run_once() {
             Outcome::Continue => {}
             Outcome::Interrupted => return true,
-            Outcome::Device(Action::Mark(byte)) => reports.timeline.guest_mark(byte),
-            Outcome::Device(action) => break VcpuEvent::Device(action),
-            Outcome::Fault(fault) => break VcpuEvent::Fault(fault),
+            outcome => {
+                if let Some(event) = event_of(outcome, reports) {
+                    report(reports, event);
+                    return false;
+                }
+            }
         }
-    };
+    }
+}
+
+/// Makes the vCPU's state complete. KVM finishes the access of the last exit (the value of an `in`, the RIP behind an
+/// `out`, the second half of a write over two pages) only when it is entered again; with `immediate_exit` it does that
+/// and runs no instruction of the guest.
+fn park(vcpu: &mut Vcpu, reports: &Reports) {
+    vcpu.page.set_immediate_exit(true);
+    loop {
+        match vcpu.run_once() {
+            // The other half of an access.
+            Outcome::Continue => {}
+            Outcome::Interrupted => break,
+            outcome => {
+                let faulted = matches!(outcome, Outcome::Fault(_));
+                if let Some(event) = event_of(outcome, reports) {
+                    report(reports, event);
+                }
+                if faulted {
+                    break;
+                }
+            }
+        }
+    }
+    vcpu.tell_guest_of_pause();
+}
+
+/// What an outcome means for the whole VM.
+fn event_of(outcome: Outcome, reports: &Reports) -> Option<VcpuEvent> {
+    match outcome {
+        Outcome::Continue | Outcome::Interrupted => None,
+        Outcome::Device(Action::Mark(byte)) => {
+            reports.timeline.guest_mark(byte);
+            None
+        }
+        Outcome::Device(action) => Some(VcpuEvent::Device(action)),
+        Outcome::Fault(fault) => Some(VcpuEvent::Fault(fault)),
+    }
+}
+
+fn report(reports: &Reports, event: VcpuEvent) {
     // Nobody listens any more when the VM is being closed.
     if reports.events.send(event).is_ok() {
         let _ = reports.wake.write(1);
     }
-    false
 }

@@ -20,7 +20,8 @@ use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{ConfigError, Discovery, Serial, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
-use crate::metrics::{Phase, Timeline};
+use crate::devices::{AddDeviceError, DeviceControls};
+use crate::metrics::{Phase, Registry, Timeline};
 use crate::sandbox::{Kept, Layers, SandboxError};
 use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, install_kick_handler};
 use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
@@ -29,7 +30,9 @@ use super::Vmm;
 use super::boot_files::{BootFileError, BootFiles};
 use super::console::{Console, ConsoleError};
 use super::devices::{DeviceError, Devices};
+use super::machine::Machine;
 use super::run::EventSources;
+use super::state::StateCell;
 
 /// A VM could not be built. Nothing is left behind.
 #[derive(Debug, Error)]
@@ -74,6 +77,9 @@ pub enum BuildError {
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// Two devices of one name.
+    #[error(transparent)]
+    DeviceId(#[from] AddDeviceError),
     /// A virtio device.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -95,12 +101,18 @@ pub enum BuildError {
 ///
 /// # Errors
 /// What is wrong, on which flag or path. Nothing is left behind.
-pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
+pub fn build(
+    config: &VmConfig,
+    kvm_device: &Path,
+    timeline: Arc<Timeline>,
+    metrics: Arc<Registry>,
+) -> Result<Vmm, BuildError> {
     config.validate()?;
     let layers = Layers::find(config.sandbox)?;
     let serial = config.serial != Serial::Null;
     let files = BootFiles::open(&config.kernel)?;
-    let devices = Devices::open(config)?;
+    let mut controls = DeviceControls::default();
+    let devices = Devices::open(config, &metrics, &mut controls)?;
     let slots = Slots::of(&devices, config.discovery);
     let cmdline_config =
         CmdlineConfig { serial, cpus: config.cpus, root: root(config), virtio: &slots.cmdline };
@@ -142,12 +154,18 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
     let mut kept = Kept::default();
-    let console = Console::new(&config.serial, &files, &vm, &mut ports, &mut kept)?;
+    let console = Console::new(&config.serial, &files, &vm, &mut ports, &metrics, &mut kept)?;
+    if let Some(console) = &console {
+        controls.add(console.control())?;
+    }
     let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
     let mut mmio = Bus::default();
     devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
     let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
-    let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
+    let count = timeline.is_on() || metrics.is_full();
+    let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, count)?;
+    let sources: Vec<_> = vcpus.iter().map(Vcpu::exit_source).collect();
+    timeline.watch(sources.clone());
     timeline.mark(Phase::Vcpus);
 
     let (sender, receiver) = mpsc::channel();
@@ -158,7 +176,25 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     vm.keep(&mut kept);
     memory.keep(&mut kept);
     vcpus.iter().for_each(|vcpu| vcpu.keep(&mut kept));
-    Ok(Vmm { vcpus, reports, events, console, timeline, vm, memory, layers, kept })
+    let state = Arc::new(StateCell::new());
+    let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
+    let output = console.as_ref().map(Console::output);
+    let machine = Machine::new(controls, output, state, pauses);
+    let services = Vec::new();
+    Ok(Vmm {
+        vcpus,
+        reports,
+        machine,
+        events,
+        console,
+        timeline,
+        metrics,
+        vm,
+        memory,
+        layers,
+        kept,
+        services,
+    })
 }
 
 /// What tells the kernel of its root file system.
@@ -235,7 +271,7 @@ fn make_vcpus(
     vm: &Vm,
     space: AddressSpace,
     entry: Entry,
-    timeline: &Timeline,
+    count: bool,
 ) -> Result<Vec<Vcpu>, BuildError> {
     let supported = host.supported_cpuid()?;
     let space = Arc::new(space);
@@ -248,11 +284,10 @@ fn make_vcpus(
             tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
             tsc_deadline: host.has_tsc_deadline(),
         };
-        let vcpu = Vcpu::new(fd, index, space.clone(), timeline.is_on())?;
+        let vcpu = Vcpu::new(fd, index, space.clone(), count)?;
         vcpu.configure(&vcpu_cpuid(&supported, cpuid_config)?, entry)?;
         vcpus.push(vcpu);
     }
-    timeline.watch(vcpus.iter().map(Vcpu::exit_source).collect());
     Ok(vcpus)
 }
 

@@ -12,13 +12,16 @@ use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout::{SERIAL_GSI, SERIAL_LEN, SERIAL_PORT};
 use crate::bus::{Bus, Overlap};
 use crate::config::Serial;
+use crate::devices::DeviceControl;
 use crate::devices::legacy::{ConsoleOutput, SerialInput, serial_port};
+use crate::metrics::{Counter, Metric, Registry};
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
 use crate::sys::terminal::{RawMode, Stdin, stdin_kind};
 use crate::vm::{KvmError, Vm};
@@ -61,6 +64,14 @@ pub enum ConsoleError {
 const ESCAPE: u8 = 1;
 /// Keys that wait for a guest which does not read; more are dropped, so that `Ctrl-A x` is always seen.
 const MAX_PENDING_KEYS: usize = 4096;
+/// The serial port's name in the list of devices.
+const ID: &str = "com1";
+const OUTPUT_BYTES: Metric = Metric::counter(
+    "microvm_serial_output_bytes_total",
+    "Bytes that the guest has printed on the serial port.",
+);
+const INPUT_BYTES: Metric =
+    Metric::counter("microvm_serial_input_bytes_total", "Bytes that the guest was sent on the serial port.");
 /// How long the last output may take to get out after the guest's end.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// Ample for a loop around `write`.
@@ -80,6 +91,7 @@ pub struct Console {
 struct Input {
     stdin: File,
     port: SerialInput,
+    received: Counter,
     drained: Arc<EventFd>,
     pending: Vec<u8>,
     /// Only a terminal has escape keys: a file is passed on as it is.
@@ -99,6 +111,7 @@ impl Console {
         files: &BootFiles,
         vm: &Vm,
         ports: &mut Bus,
+        metrics: &Registry,
         kept: &mut Kept,
     ) -> Result<Option<Self>, ConsoleError> {
         let out = match config {
@@ -106,7 +119,9 @@ impl Console {
             Serial::Stdio => File::from(io::stdout().as_fd().try_clone_to_owned()?),
             Serial::File(path) => open_output(path, files)?,
         };
-        let output = Arc::new(ConsoleOutput::default());
+        let counters = metrics.group(&[("device", ID)]);
+        let output = Arc::new(ConsoleOutput::new(counters.counter(OUTPUT_BYTES)));
+        let received = counters.counter(INPUT_BYTES);
         let drained = new_event()?;
         let interrupt = vm.irqfd(SERIAL_GSI)?;
         kept.add("the serial port's output", &out);
@@ -124,6 +139,7 @@ impl Console {
             kind => Some(Input {
                 stdin: stdin_file()?.into(),
                 port: serial_input,
+                received: received.clone(),
                 drained,
                 pending: Vec::new(),
                 escapes: kind == Stdin::Terminal,
@@ -159,6 +175,12 @@ impl Console {
         Ok(())
     }
 
+    /// The serial port in the list of devices. It has nothing to change, and no work of its own to pause.
+    #[must_use]
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        Box::new(SerialControl(self.output.clone()))
+    }
+
     /// The buffer, to free a vCPU that waits for room in it.
     #[must_use]
     pub fn output(&self) -> Arc<ConsoleOutput> {
@@ -173,6 +195,22 @@ impl Console {
         if written == Some(Err(RecvTimeoutError::Timeout)) {
             log::warn!("nobody read the end of the console's output within {LAST_OUTPUT:?}: dropped");
         }
+    }
+}
+
+struct SerialControl(Arc<ConsoleOutput>);
+
+impl DeviceControl for SerialControl {
+    fn id(&self) -> &str {
+        ID
+    }
+
+    fn kind(&self) -> &'static str {
+        "serial"
+    }
+
+    fn describe(&self) -> Value {
+        json!({ "unwritten_bytes": self.0.unwritten() })
     }
 }
 
@@ -286,6 +324,7 @@ impl Input {
     /// than the guest reads; a terminal always is, so that the user can leave.
     fn feed(&mut self, ops: &mut EventOps) {
         let sent = self.port.send(&self.pending);
+        self.received.add(sent as u64);
         self.pending.drain(..sent);
         self.watch(ops, self.escapes || self.pending.is_empty());
     }

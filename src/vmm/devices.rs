@@ -13,6 +13,8 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
 };
+use crate::devices::{AddDeviceError, DeviceControls};
+use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
 
@@ -28,6 +30,9 @@ pub enum DeviceError {
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// Its id is taken.
+    #[error(transparent)]
+    Id(#[from] AddDeviceError),
     /// Its place is taken.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -37,15 +42,22 @@ pub enum DeviceError {
 pub(super) struct Devices(Vec<(VirtioSlot, Box<dyn VirtioDevice>)>);
 
 impl Devices {
-    /// Opens what the devices of `config` need. Their order is the order in which the guest finds them, and so that of
+    /// Opens what the devices of `config` need, and registers their counters in `metrics` and what they can be asked in
+    /// `controls`. Their order is the order in which the guest finds them, and so that of
     /// its names for them (`vda`, `vdb`): it never changes.
     ///
     /// # Errors
     /// A device cannot be made, or there are too many.
-    pub(super) fn open(config: &VmConfig) -> Result<Self, DeviceError> {
+    pub(super) fn open(
+        config: &VmConfig,
+        metrics: &Registry,
+        controls: &mut DeviceControls,
+    ) -> Result<Self, DeviceError> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         if config.rng {
-            devices.push(Box::new(Rng::default()));
+            let rng = Rng::new(metrics);
+            controls.add(rng.control())?;
+            devices.push(Box::new(rng));
         }
         for (place, disk) in config.disks.iter().enumerate() {
             devices.push(Box::new(Block::open(disk, place, config.cpus)?));

@@ -21,6 +21,8 @@ pub enum End {
     Signal(u8),
     /// The user typed `Ctrl-A x`.
     Escape,
+    /// The control socket asked for it.
+    Stop,
 }
 
 impl End {
@@ -36,6 +38,8 @@ impl End {
             Self::Signal(number) => number.saturating_add(128),
             // As Ctrl-C leaves other programs.
             Self::Escape => 130,
+            // As SIGTERM, of which it is the other form.
+            Self::Stop => 143,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -14,14 +14,17 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
+use crate::devices::DeviceControls;
 use crate::devices::virtio::VmmThreadJobs;
-use crate::metrics::Phase;
+use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
 use crate::sys::signals::EndSignals;
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
 use super::builder::new_event;
 use super::console::ConsoleEvents;
+use super::machine::Machine;
+use super::request::Envelope;
 use super::{End, Vmm};
 
 /// vCPUs that have not ended by then are left to the end of the process.
@@ -58,12 +61,13 @@ impl EndSlot {
     }
 }
 
-/// What can end a VM: its vCPUs, a signal, the time limit.
+/// What the event loop listens to beside the console: vCPUs, requests, a signal, the time limit.
 pub(super) struct EventSources {
     signals: EndSignals,
     timer: Option<TimerFd>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
+    requests: (Sender<Envelope>, Receiver<Envelope>),
     jobs: Option<VmmThreadJobs>,
 }
 
@@ -76,7 +80,8 @@ impl EventSources {
             Ok::<_, vmm_sys_util::errno::Error>(timer)
         });
         let timer = timer.transpose().map_err(io::Error::from)?;
-        Ok(Self { signals: EndSignals::new()?, timer, wake: new_event()?, vcpu_events: None, jobs: None })
+        let (signals, wake) = (EndSignals::new()?, new_event()?);
+        Ok(Self { signals, timer, wake, vcpu_events: None, requests: mpsc::channel(), jobs: None })
     }
 
     /// What a vCPU writes to after it has sent an event.
@@ -96,6 +101,11 @@ impl EventSources {
         }
     }
 
+    /// Where requests are sent, and what to write to after one.
+    pub(super) fn for_requests(&self) -> (Sender<Envelope>, Arc<EventFd>) {
+        (self.requests.0.clone(), self.wake())
+    }
+
     pub(super) fn with_vcpu_events(self, events: Receiver<VcpuEvent>) -> Self {
         Self { vcpu_events: Some(events), ..self }
     }
@@ -106,13 +116,28 @@ impl EventSources {
     }
 }
 
-struct EndEvents {
+struct VmEvents {
     sources: EventSources,
+    machine: Rc<RefCell<Machine>>,
     end: EndSlot,
     confined: Confined,
 }
 
-impl MutEventSubscriber for EndEvents {
+impl VmEvents {
+    /// Everything that has come since the last wake-up.
+    fn take_all(&mut self) {
+        let mut machine = self.machine.borrow_mut();
+        for event in self.sources.vcpu_events.iter().flat_map(Receiver::try_iter) {
+            match event {
+                VcpuEvent::Parked(number) => machine.parked(number),
+                event => end_of(event).into_iter().for_each(|end| self.end.set(end)),
+            }
+        }
+        self.sources.requests.1.try_iter().for_each(|request| machine.handle(request, &self.end));
+    }
+}
+
+impl MutEventSubscriber for VmEvents {
     fn init(&mut self, ops: &mut EventOps) {
         let sources = &self.sources;
         let fds = [
@@ -132,8 +157,7 @@ impl MutEventSubscriber for EndEvents {
         let sources = &mut self.sources;
         if events.fd() == sources.wake.as_raw_fd() {
             let _ = sources.wake.read();
-            let vcpu_events = sources.vcpu_events.iter().flat_map(Receiver::try_iter);
-            vcpu_events.filter_map(end_of).for_each(|end| self.end.set(end));
+            self.take_all();
         } else if sources.timer.as_ref().is_some_and(|t| t.as_raw_fd() == events.fd()) {
             self.end.set(End::Timeout);
         } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
@@ -152,28 +176,41 @@ fn end_of(event: VcpuEvent) -> Option<End> {
         VcpuEvent::Device(Action::Reset) => Some(End::Reset),
         VcpuEvent::Device(Action::Panic) => Some(End::Panic),
         VcpuEvent::Device(Action::Exit(status)) => Some(End::Exit(status)),
-        VcpuEvent::Device(Action::None | Action::Mark(_)) => None,
+        VcpuEvent::Device(Action::None | Action::Mark(_)) | VcpuEvent::Parked(_) => None,
     }
+}
+
+/// What is left of a VM.
+pub struct Ended {
+    /// How it ended.
+    pub end: End,
+    /// What it counted, where its registry is full.
+    pub metrics: Option<Snapshot>,
 }
 
 /// Confines this process, runs the guest until something ends it, then takes the VM down. The process stays confined.
 ///
 /// # Errors
 /// It cannot be confined, the event loop fails, or a vCPU hangs.
-pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
+pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
+    let folders: Vec<_> = vmm.services.iter().flat_map(|s| s.keep(&mut vmm.kept)).collect();
     // Before the first thread, so that each takes it over.
-    let confined = vmm.layers.confine_process(&vmm.kept, &[])?;
+    let confined = vmm.layers.confine_process(&vmm.kept, &folders)?;
     let vcpus = vmm.vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, vmm.reports.clone(), confined));
-    let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+    vmm.machine.vcpus = vcpus.collect::<Result<_, _>>()?;
     if let Some(console) = &mut vmm.console {
         console.start_writer(confined)?;
     }
+    // Dropped last of all: what they ask the VM is answered, or refused, before they are waited for.
+    let services = vmm.services.into_iter().map(|s| s.start(confined));
+    let _services = services.collect::<Result<Vec<_>, _>>()?;
 
     let end = EndSlot::default();
     let failed = RunError::Loop;
-    let console_output = vmm.console.as_ref().map(|c| c.output());
+    let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-    manager.add_subscriber(Box::new(EndEvents { sources: vmm.events, end: end.clone(), confined }));
+    let events = VmEvents { sources: vmm.events, machine: machine.clone(), end: end.clone(), confined };
+    manager.add_subscriber(Box::new(events));
     // The console is taken back at the end, for the guest's last words.
     let console = vmm.console.take().map(|mut console| {
         console.enter_raw_mode().map_err(RunError::Terminal)?;
@@ -187,34 +224,40 @@ pub fn run(mut vmm: Vmm) -> Result<End, RunError> {
     confined.confine_thread(ThreadKind::Vmm)?;
 
     vmm.timeline.mark(Phase::FirstRun);
-    vcpus.iter().for_each(|v| v.resume());
+    // A VM that is built can run: the table of states says so.
+    let _ = machine.borrow_mut().resume();
     let reason = loop {
-        match manager.run() {
+        let left = machine.borrow().time_left().map_or(-1, milliseconds);
+        match manager.run_with_timeout(left) {
             Ok(_) => {}
             // A signal that is not ours, as after SIGSTOP and SIGCONT.
             Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EINTR => {}
             Err(e) => break Err(failed(e)),
         }
+        machine.borrow_mut().check_pause();
         if let Some(end) = end.take() {
             break Ok(end);
         }
     };
     vmm.timeline.mark(Phase::End);
 
-    vcpus.iter().for_each(|v| v.stop());
-    if let Some(output) = console_output {
-        output.close();
-    }
+    let mut machine = machine.borrow_mut();
+    machine.stop();
     // With it goes what devices wanted done: a vCPU that waits for that waits no longer.
     drop(manager);
-    let deadline = Instant::now() + STOP_BOUND;
-    // Each is waited for, also after one that hangs.
-    let stuck = vcpus.into_iter().map(|v| v.join(deadline)).filter(|stopped| !stopped).count();
+    let stuck = machine.join(Instant::now() + STOP_BOUND);
     if let Some(console) = console.and_then(Rc::into_inner) {
         console.into_inner().console.finish();
     }
     vmm.timeline.unwatch();
+    let metrics = vmm.metrics.finish();
+    machine.devices = DeviceControls::default();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
-    if stuck == 0 { reason } else { Err(RunError::Stuck) }
+    if stuck == 0 { reason.map(|end| Ended { end, metrics }) } else { Err(RunError::Stuck) }
+}
+
+/// Rounded up, so that the loop does not wake before the time.
+fn milliseconds(time: Duration) -> i32 {
+    i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }

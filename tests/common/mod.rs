@@ -30,6 +30,31 @@ pub fn power_off() -> Vec<u8> {
 /// `jmp .`
 pub const SPIN: [u8; 2] = [0xeb, 0xfe];
 
+/// Starts every other vCPU with `ap` (16-bit code), then goes on with `bsp`.
+pub fn smp(ap: &[u8], bsp: &[u8]) -> Vec<u8> {
+    let apic = |register: u32, value: u32| {
+        [&[0xc7, 0x05][..], &(0xfee0_0000 + register).to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    // mov ecx, 0x1000; dec ecx; jnz back
+    let delay = vec![0xb9, 0, 0x10, 0, 0, 0x49, 0x75, 0xfd];
+    let build = |source: u32| {
+        [
+            // mov esi, source; mov edi, 0x8000; mov ecx, len; rep movsb
+            [&[0xbe][..], &source.to_le_bytes(), &[0xbf, 0, 0x80, 0, 0, 0xb9]].concat(),
+            [&(ap.len() as u32).to_le_bytes()[..], &[0xf3, 0xa4]].concat(),
+            // Local APIC on; INIT to all but self, then the start-up interrupt for page 8.
+            apic(0xf0, 0x1ff),
+            apic(0x300, 0x000c_4500),
+            delay.clone(),
+            apic(0x300, 0x000c_4608),
+            bsp.to_vec(),
+        ]
+        .concat()
+    };
+    let source = LOAD as u32 + build(0).len() as u32;
+    [build(source), ap.to_vec()].concat()
+}
+
 /// How a tiny guest is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {

@@ -7,8 +7,12 @@ use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::metrics::Counter;
+
 /// The guest waits when this much is unwritten.
 const CAPACITY: usize = 64 << 10;
+/// What a vCPU may add beyond that when it has to leave the device: KVM brings at most a page of bytes in one exit.
+const LEAVING: usize = 1 << 20;
 /// How long output may lie: unnoticed by a person, and long enough to gather a line.
 const DELAY: Duration = Duration::from_millis(3);
 
@@ -18,21 +22,42 @@ pub struct ConsoleOutput {
     state: Mutex<State>,
     space: Condvar,
     filled: Condvar,
+    printed: Counter,
 }
 
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
     closed: bool,
+    leaving: bool,
 }
 
 impl State {
     fn is_full(&self) -> bool {
         self.bytes.len() >= CAPACITY
     }
+
+    /// Whether a vCPU has to wait. One that is about to pause may go on for the few bytes that it holds, but not pause
+    /// after pause without end while nobody reads.
+    fn keeps_waiting(&self) -> bool {
+        let capacity = if self.leaving { CAPACITY + LEAVING } else { CAPACITY };
+        self.bytes.len() >= capacity && !self.closed
+    }
 }
 
 impl ConsoleOutput {
+    /// An empty buffer that counts in `printed` what the guest puts in.
+    #[must_use]
+    pub fn new(printed: Counter) -> Self {
+        Self { printed, ..Self::default() }
+    }
+
+    /// How many bytes nobody has taken yet.
+    #[must_use]
+    pub fn unwritten(&self) -> usize {
+        self.lock().bytes.len()
+    }
+
     /// Waits until there is something, gathers what follows closely, and takes it all. `None`: closed, and all taken.
     pub fn take(&self) -> Option<Vec<u8>> {
         let waiting = |s: &mut State| s.bytes.is_empty() && !s.closed;
@@ -55,8 +80,14 @@ impl ConsoleOutput {
 
     /// Waits until there is room. The caller must hold no lock that stands between the taker and the buffer.
     pub fn wait_for_room(&self) {
-        let full = |s: &mut State| s.is_full() && !s.closed;
-        drop(self.space.wait_while(self.lock(), full));
+        drop(self.space.wait_while(self.lock(), |s| s.keeps_waiting()));
+    }
+
+    /// While `on`, a vCPU that waits for room may finish its write without it: the VM pauses, and a vCPU parks outside
+    /// of devices. Nothing is dropped.
+    pub fn let_vcpus_leave(&self, on: bool) {
+        self.lock().leaving = on;
+        self.space.notify_all();
     }
 
     /// Adds `bytes`, without waiting.
@@ -65,6 +96,7 @@ impl ConsoleOutput {
         if state.closed {
             return;
         }
+        self.printed.add(bytes.len() as u64);
         let first = state.bytes.is_empty();
         state.bytes.extend_from_slice(bytes);
         let wake = first || state.is_full();
@@ -117,6 +149,18 @@ mod tests {
         assert_eq!(output.take().unwrap().len(), CAPACITY);
         writer.join().unwrap();
         assert_eq!(output.take().unwrap(), b"late");
+    }
+
+    #[test]
+    fn a_writer_may_leave_with_its_bytes_though_not_without_end() {
+        let (output, writer) = full_with_writer();
+        output.let_vcpus_leave(true);
+        writer.join().unwrap();
+        output.push(&vec![1; LEAVING]);
+        assert!(output.lock().keeps_waiting());
+        output.let_vcpus_leave(false);
+        let all = output.take().unwrap();
+        assert_eq!(&all[CAPACITY..CAPACITY + 4], b"late");
     }
 
     #[test]

@@ -4,8 +4,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde_json::{Value, json};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
+use crate::devices::DeviceControl;
+use crate::metrics::{Counter, Metric, Registry};
 use crate::vm::Memory;
 
 use super::{
@@ -19,19 +22,53 @@ const QUEUE_SIZES: [u16; 1] = [16];
 const MAX_BYTES: usize = 4096;
 
 /// The entropy source.
-#[derive(Default)]
 pub struct Rng {
+    bytes: Counter,
     worker: Option<Worker<RngWorker>>,
 }
+
+const BYTES: Metric = Metric::counter("microvm_rng_bytes_total", "Random bytes that the guest was given.");
 
 struct RngWorker {
     memory: Memory,
     interrupt: Arc<Interrupt>,
     requests: ActiveQueue,
     chain: Chain,
+    bytes: Counter,
 }
 
 const NAME: &str = "rng";
+
+impl Rng {
+    /// An entropy source that counts in `metrics`.
+    #[must_use]
+    pub fn new(metrics: &Registry) -> Self {
+        Self { bytes: metrics.group(&[("device", NAME)]).counter(BYTES), worker: None }
+    }
+
+    /// It in the list of devices.
+    #[must_use]
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        Box::new(RngControl)
+    }
+}
+
+/// There is nothing to change; its counter says all.
+struct RngControl;
+
+impl DeviceControl for RngControl {
+    fn id(&self) -> &str {
+        NAME
+    }
+
+    fn kind(&self) -> &'static str {
+        "rng"
+    }
+
+    fn describe(&self) -> Value {
+        json!({})
+    }
+}
 
 impl VirtioDevice for Rng {
     fn kind(&self) -> DeviceKind {
@@ -58,6 +95,7 @@ impl VirtioDevice for Rng {
             memory: activation.memory,
             interrupt: activation.interrupt,
             chain: Chain::default(),
+            bytes: self.bytes.clone(),
         };
         self.worker = Some(Worker::start(NAME, activation.confined, worker)?);
         Ok(())
@@ -96,6 +134,7 @@ impl RngWorker {
                 // The host's generator is seeded long before a VM starts, so this neither waits nor fails.
                 let filled = getrandom(&mut bytes[..room], GetRandomFlags::empty()).unwrap_or(0);
                 self.chain.write(memory, 0, &bytes[..filled])?;
+                self.bytes.add(filled as u64);
                 queue.push_used(memory, self.chain.head(), filled as u32)?;
                 if queue.publish(memory)? {
                     self.interrupt.used_buffer();
@@ -116,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_request_gets_random_bytes() {
-        let mut driver = Driver::start(Box::new(Rng::default()), &[16]);
+        let mut driver = Driver::start(Box::new(Rng::new(&Registry::default())), &[16]);
         let (a, b) = (driver.buffer(64), driver.buffer(64));
         driver.offer(0, &[], &[a]);
         driver.offer(0, &[], &[b]);
@@ -127,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_huge_request_is_capped() {
-        let mut driver = Driver::start(Box::new(Rng::default()), &[16]);
+        let mut driver = Driver::start(Box::new(Rng::new(&Registry::default())), &[16]);
         let buffer = driver.buffer(1 << 20);
         driver.offer(0, &[], &[buffer]);
         assert_eq!(driver.wait_used(0).1, MAX_BYTES as u32);
@@ -135,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_request_without_room_is_given_back() {
-        let mut driver = Driver::start(Box::new(Rng::default()), &[16]);
+        let mut driver = Driver::start(Box::new(Rng::new(&Registry::default())), &[16]);
         let buffer = driver.buffer(64);
         driver.offer(0, &[buffer], &[]);
         assert_eq!(driver.wait_used(0).1, 0);

@@ -27,7 +27,7 @@ enum Step<'a> {
 
 fuzz_target!(|steps: Vec<Step>| {
     let memory = Memory::new(&"2M".parse().unwrap()).unwrap();
-    let mut mmio = transport(Box::<Rng>::default(), &memory);
+    let mut mmio = transport(Box::new(Rng::new(&microvm::metrics::Registry::default())), &memory);
     let word = |mmio: &mut MmioTransport, at: u64, value: u32| mmio.write(at, &value.to_le_bytes());
     for step in steps.iter().take(256) {
         match step {

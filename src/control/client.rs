@@ -1,0 +1,158 @@
+//! The other end of a control socket, for `microvm ps` and `microvm ctl`.
+
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{PidfdFlags, pidfd_open};
+use serde_json::Value;
+use thiserror::Error;
+
+/// Longer than a VM takes for the slowest request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Far more than the counters of any VM.
+const MAX_ANSWER: u64 = 16 << 20;
+
+/// A VM that cannot be asked, or that refused.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// No socket.
+    #[error("there is no VM {0}: microvm ps lists those that run")]
+    NoVm(String),
+    /// A socket that nobody listens on.
+    #[error("VM {name} is dead: its process has ended, and left {path} behind")]
+    Dead {
+        /// The VM.
+        name: String,
+        /// Its socket.
+        path: PathBuf,
+    },
+    /// Another error of the socket.
+    #[error("VM {name} cannot be asked through {path}")]
+    Socket {
+        /// The VM.
+        name: String,
+        /// Its socket.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Something that is no control socket.
+    #[error("what listens on {0} is no microvm")]
+    NoHttp(PathBuf),
+    /// The VM's own words.
+    #[error("VM {name}: {message}")]
+    Refused {
+        /// The VM.
+        name: String,
+        /// Why.
+        message: String,
+    },
+}
+
+/// A VM that can be asked once.
+pub struct Client {
+    name: String,
+    path: PathBuf,
+    stream: UnixStream,
+}
+
+impl Client {
+    /// Connects to the VM called `name`, whose socket is `path`.
+    ///
+    /// # Errors
+    /// There is none, or it is dead.
+    pub fn connect(name: &str, path: PathBuf) -> Result<Self, ClientError> {
+        match open(&path) {
+            Ok(stream) => Ok(Self { name: name.into(), path, stream }),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => Err(ClientError::NoVm(name.into())),
+            Err(Errno::CONNREFUSED) => Err(ClientError::Dead { name: name.into(), path }),
+            Err(e) => Err(ClientError::Socket { name: name.into(), path, source: e.into() }),
+        }
+    }
+
+    /// A descriptor of the VM's process, which turns readable when it ends. `None`: this host cannot say.
+    #[must_use]
+    pub fn process(&self) -> Option<OwnedFd> {
+        let pid = socket_peercred(&self.stream).ok()?.pid;
+        pidfd_open(pid, PidfdFlags::empty()).ok()
+    }
+
+    /// Sends one request, and returns the body of the answer. `accept` is the media type to be had.
+    ///
+    /// # Errors
+    /// The VM refuses, or does not answer in ten seconds.
+    pub fn ask(
+        mut self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        accept: &str,
+    ) -> Result<String, ClientError> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nConnection: close\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = self.exchange(request.as_bytes());
+        let answer = answer.map_err(|source| ClientError::Socket {
+            name: self.name.clone(),
+            path: self.path.clone(),
+            source,
+        })?;
+        let (status, body) = split(&answer).ok_or(ClientError::NoHttp(self.path))?;
+        if status == 200 {
+            return Ok(body);
+        }
+        let message =
+            serde_json::from_str(&body).ok().and_then(|v: Value| Some(v["error"].as_str()?.to_string()));
+        Err(ClientError::Refused {
+            name: self.name,
+            message: message.unwrap_or_else(|| format!("status {status}")),
+        })
+    }
+
+    fn exchange(&mut self, request: &[u8]) -> io::Result<Vec<u8>> {
+        self.stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+        self.stream.write_all(request)?;
+        let mut answer = Vec::new();
+        (&self.stream).take(MAX_ANSWER).read_to_end(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+/// Whether a process listens on the socket at `path`. One that is there and cannot be asked counts as alive.
+pub(super) fn is_alive(path: &Path) -> bool {
+    !matches!(open(path), Err(Errno::CONNREFUSED | Errno::NOENT))
+}
+
+/// Waits until a process has ended, but not longer than `limit`; says whether it has.
+#[must_use]
+pub fn wait_for_end(process: &OwnedFd, limit: Duration) -> bool {
+    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)).is_ok_and(|n| n > 0)
+}
+
+fn open(path: &Path) -> Result<UnixStream, Errno> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // It also bounds the wait for a place in a full backlog.
+    set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_LIMIT))?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+/// Status and body of an answer.
+fn split(answer: &[u8]) -> Option<(u16, String)> {
+    let mut headers = [httparse::EMPTY_HEADER; 16];
+    let mut head = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(len) = head.parse(answer).ok()? else { return None };
+    Some((head.code?, String::from_utf8_lossy(&answer[len..]).into_owned()))
+}

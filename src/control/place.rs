@@ -1,0 +1,298 @@
+//! Where a VM's control socket is, and who may have it there.
+//!
+//! Each VM has a folder of its own in the user's run-time folder. A lock on that folder, which the kernel takes back
+//! from a dead process, makes a name belong to one VM at a time; the socket of a dead VM is replaced.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, statat,
+    unlinkat,
+};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::process::geteuid;
+use thiserror::Error;
+
+use crate::config::Control;
+use crate::sandbox::{Folder, Kept};
+
+use super::client::is_alive;
+
+/// The socket in a VM's folder.
+const SOCKET: &str = "control.sock";
+/// As many clients as are served at once may wait besides.
+const BACKLOG: i32 = super::server::MAX_CONNECTIONS as i32;
+/// Names that are made up for one process: `vm-PID`, `vm-PID-2`…
+const MADE_UP_NAMES: u32 = 9;
+
+/// The control socket cannot be where it should.
+#[derive(Debug, Error)]
+pub enum PlaceError {
+    /// The name is another VM's.
+    #[error("--name {0}: a VM of this name runs already; see microvm ps, and stop it or choose another name")]
+    NameTaken(String),
+    /// A folder that cannot be made or opened.
+    #[error("the folder {path} of the control socket cannot be used; --control PATH puts it elsewhere")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else could change what is in the folder.
+    #[error(
+        "{0} is a link, another user's, or open to others: remove it, or put the socket elsewhere with --control PATH"
+    )]
+    NotOurs(PathBuf),
+    /// `sun_path` has 108 bytes with its NUL (unix(7)).
+    #[error("the control socket's path {0} is longer than 107 bytes: give a shorter one with --control PATH")]
+    TooLong(PathBuf),
+    /// A living process has it.
+    #[error("--control {0}: a process listens there already; give another path")]
+    InUse(PathBuf),
+    /// Something that is not a socket.
+    #[error("--control {0} is there already and is no socket: give another path")]
+    NotASocket(PathBuf),
+    /// The socket.
+    #[error("the control socket {path} cannot be made")]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A place for one VM's socket. It is given back when this is dropped.
+pub struct Place {
+    name: String,
+    path: PathBuf,
+    /// The socket's folder, open since before the VM was confined.
+    folder: OwnedFd,
+    socket: OsString,
+    /// The folder above a folder that is the VM's own, and goes with it.
+    base: Option<OwnedFd>,
+    bound: bool,
+}
+
+impl Place {
+    /// Claims the place that `control` names. `None`: the VM is not to be controlled.
+    ///
+    /// # Errors
+    /// The name or the path is taken, or a folder cannot be used.
+    pub fn claim(name: Option<&str>, control: &Control) -> Result<Option<Self>, PlaceError> {
+        match control {
+            Control::None => Ok(None),
+            Control::Path(path) => Self::at_path(name, path).map(Some),
+            Control::Auto => match name {
+                Some(name) => Self::named(name)?.map(Some).ok_or_else(|| PlaceError::NameTaken(name.into())),
+                None => Self::made_up(),
+            },
+        }
+    }
+
+    /// The VM's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Puts its descriptors on the list of those that stay open, and says where it removes what when it is dropped: the
+    /// socket, and the folder where that is the VM's own.
+    pub(super) fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
+        kept.add("the control socket's folder", &self.folder);
+        let own = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut folders = vec![Folder::Files(own.into())];
+        if let Some(base) = &self.base {
+            kept.add("the folder of all control sockets", base);
+            folders.extend(own.parent().map(|base| Folder::Folders(base.into())));
+        }
+        folders
+    }
+
+    fn made_up() -> Result<Option<Self>, PlaceError> {
+        let first = default_name();
+        let names = (1..=MADE_UP_NAMES).map(|n| if n == 1 { first.clone() } else { format!("{first}-{n}") });
+        for name in names {
+            if let Some(place) = Self::named(&name)? {
+                return Ok(Some(place));
+            }
+        }
+        Err(PlaceError::NameTaken(first))
+    }
+
+    /// The folder of `name`, made and locked. `None`: a living VM has it.
+    fn named(name: &str) -> Result<Option<Self>, PlaceError> {
+        let base_path = base_path();
+        let base = own_folder(&base_path)?;
+        let path = base_path.join(name);
+        let failed = |e: Errno| PlaceError::Folder { path: path.clone(), source: e.into() };
+        loop {
+            let folder = own_folder(&path)?;
+            match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(e) => return Err(failed(e)),
+            }
+            // The VM that had it may have removed the folder after it was opened here.
+            let ours = fstat(&folder).map_err(failed)?;
+            if statat(&base, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|there| same_file(&there, &ours)) {
+                let path = path.join(SOCKET);
+                let base = Some(base);
+                let place =
+                    Self { name: name.into(), path, folder, socket: SOCKET.into(), base, bound: false };
+                return Ok(Some(place));
+            }
+        }
+    }
+
+    fn at_path(name: Option<&str>, path: &Path) -> Result<Self, PlaceError> {
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let failed = |source| PlaceError::Socket { path: path.into(), source };
+        let socket = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = open(parent, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+        // Found out now, so that a VM that cannot have its socket is not built first.
+        check_path(path, &folder, socket)?;
+        let name = name.map_or_else(default_name, str::to_string);
+        Ok(Self { name, path: path.into(), folder, socket: socket.into(), base: None, bound: false })
+    }
+
+    /// Makes the socket, for this user alone, in place of a dead VM's.
+    ///
+    /// # Errors
+    /// The path is too long, or taken by then.
+    pub fn listen(&mut self) -> Result<OwnedFd, PlaceError> {
+        let path = &self.path;
+        let failed = |e: Errno| PlaceError::Socket { path: path.clone(), source: e.into() };
+        let address = SocketAddrUnix::new(path.as_path()).map_err(|_| PlaceError::TooLong(path.clone()))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+        // Linux makes the file with the mode of the socket, so at no moment is it open to others.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed)?;
+        if self.base.is_none() {
+            check_path(path, &self.folder, &self.socket)?;
+        }
+        match unlinkat(&self.folder, &self.socket, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(failed(e)),
+        }
+        bind(&socket, &address).map_err(failed)?;
+        self.bound = true;
+        listen(&socket, BACKLOG).map_err(failed)?;
+        Ok(socket)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Nothing is left to do where this fails: a VM that is dead is seen as dead.
+        if self.bound {
+            let _ = unlinkat(&self.folder, &self.socket, AtFlags::empty());
+        }
+        if let Some(base) = &self.base {
+            let _ = unlinkat(base, &self.name, AtFlags::REMOVEDIR);
+        }
+    }
+}
+
+/// Checks that a socket can be put at `path`: nothing is there, or the socket of a process that is no more.
+fn check_path(path: &Path, folder: &OwnedFd, socket: &std::ffi::OsStr) -> Result<(), PlaceError> {
+    match statat(folder, socket, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(PlaceError::Socket { path: path.into(), source: e.into() }),
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
+            Err(PlaceError::NotASocket(path.into()))
+        }
+        Ok(_) if is_alive(path) => Err(PlaceError::InUse(path.into())),
+        Ok(_) => Ok(()),
+    }
+}
+
+/// The folder of this user's VMs, which need not be there.
+#[must_use]
+pub fn base_path() -> PathBuf {
+    let uid = geteuid().as_raw();
+    let from_environment = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // The XDG base directory specification: a relative path is to be ignored. One of another user's comes with `su`.
+    let usable =
+        |path: &PathBuf| path.is_absolute() && fs::metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == uid);
+    let run = || Some(PathBuf::from(format!("/run/user/{uid}")));
+    let base = from_environment.filter(usable).or_else(|| run().filter(usable));
+    base.map_or_else(|| format!("/tmp/microvm-{uid}").into(), |base| base.join("microvm"))
+}
+
+/// The path of a VM's socket. A name with a slash in it is a path.
+#[must_use]
+pub fn socket_path(name: &str) -> PathBuf {
+    if name.contains('/') { name.into() } else { base_path().join(name).join(SOCKET) }
+}
+
+/// The names of VMs that have a socket, living or dead, in alphabetical order.
+///
+/// # Errors
+/// The folder is there and cannot be read.
+pub fn names() -> Result<Vec<String>, PlaceError> {
+    let path = base_path();
+    let failed = |source| PlaceError::Folder { path: path.clone(), source };
+    let folder = match fs::read_dir(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed)?,
+    };
+    check_own(&path, &open_folder(&path)?)?;
+    let names = folder.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| path.join(name).join(SOCKET).exists()).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn default_name() -> String {
+    format!("vm-{}", std::process::id())
+}
+
+/// Opens a folder that only this user can enter, and makes it where it is not there.
+fn own_folder(path: &Path) -> Result<OwnedFd, PlaceError> {
+    match mkdir(path, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(e) => return Err(PlaceError::Folder { path: path.into(), source: e.into() }),
+    }
+    let folder = open_folder(path)?;
+    check_own(path, &folder)?;
+    Ok(folder)
+}
+
+fn open_folder(path: &Path) -> Result<OwnedFd, PlaceError> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).map_err(|e| match e {
+        Errno::LOOP | Errno::NOTDIR => PlaceError::NotOurs(path.into()),
+        e => PlaceError::Folder { path: path.into(), source: e.into() },
+    })
+}
+
+fn check_own(path: &Path, folder: &OwnedFd) -> Result<(), PlaceError> {
+    let stat =
+        fstat(folder.as_fd()).map_err(|e| PlaceError::Folder { path: path.into(), source: e.into() })?;
+    let others = Mode::from_raw_mode(stat.st_mode).intersects(Mode::RWXG | Mode::RWXO);
+    if stat.st_uid != geteuid().as_raw() || others {
+        return Err(PlaceError::NotOurs(path.into()));
+    }
+    Ok(())
+}
+
+fn same_file(a: &Stat, b: &Stat) -> bool {
+    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+}
