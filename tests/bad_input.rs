@@ -335,3 +335,100 @@ fn an_instruction_that_cannot_be_emulated() {
         assert!(text.contains(word), "no {word:?} in: {text}");
     }
 }
+
+/// Boots with `--disk DISK`, and checks that it fails with these words and leaves nothing behind.
+#[track_caller]
+fn bad_disk(host: &Host, disk: &str, status: i32, words: &[&str]) {
+    let kernel = host.kernel(&power_off());
+    let before = host.files();
+    let output = host.boot(&kernel, &["--disk", disk]).output().unwrap();
+    assert_fails(&output, status, &[&["--disk"], words].concat());
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn disks_that_are_none() {
+    let host = Host::new();
+    host.file("empty", b"");
+    host.file("short", &[0; 511]);
+    bad_disk(&host, "missing.img", 1, &["missing.img", "No such file"]);
+    bad_disk(&host, "/tmp", 1, &["/tmp", "neither a file nor a block device"]);
+    bad_disk(&host, "/dev/null", 1, &["/dev/null", "neither a file nor a block device"]);
+    bad_disk(&host, "empty", 1, &["empty", "0 bytes", "512"]);
+    bad_disk(&host, "short", 1, &["short", "511 bytes", "512"]);
+    let fifo = host.dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    bad_disk(&host, "fifo", 1, &["neither a file nor a block device"]);
+    bad_disk(&host, "fifo,readonly", 1, &["neither a file nor a block device"]);
+}
+
+#[test]
+fn a_disk_of_an_odd_length_loses_its_end() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    host.file("odd", &[0; 1000]);
+    let output = host.boot(&kernel, &["--disk", "odd"]).env("RUST_LOG", "warn").output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("last 488 bytes"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_disk_that_cannot_be_opened() {
+    let host = Host::new();
+    let disk = host.file("disk", &[0; 512]);
+    std::fs::set_permissions(&disk, Permissions::from_mode(0o444)).unwrap();
+    let kernel = host.kernel(&power_off());
+    // Root may open everything, so somebody else tries.
+    std::fs::set_permissions(host.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let run = |options: &str| {
+        let mut command = host.boot(&kernel, &["--disk", &format!("disk{options}")]);
+        if rustix::process::geteuid().is_root() {
+            command.uid(65534);
+        }
+        command.output().unwrap()
+    };
+    assert_fails(&run(""), 1, &["--disk disk", "cannot be written to", ",readonly"]);
+    std::fs::set_permissions(&disk, Permissions::from_mode(0o000)).unwrap();
+    assert_fails(&run(",readonly"), 1, &["--disk disk", "Permission denied"]);
+}
+
+#[test]
+fn a_disk_that_another_vm_has() {
+    let host = Host::new();
+    let disk = host.file("disk", &[0; 512]);
+    let file = File::open(&disk).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for options in ["", ",readonly"] {
+        bad_disk(&host, &format!("disk{options}"), 1, &["--disk disk", "in use by another VM"]);
+    }
+    drop(file);
+    let kernel = host.kernel(&power_off());
+    let twice = host.boot(&kernel, &["--disk", "disk", "--disk", "disk,id=again"]).output().unwrap();
+    assert_fails(&twice, 1, &["--disk disk", "twice"]);
+}
+
+#[test]
+fn disk_options_that_are_none() {
+    let host = Host::new();
+    host.file("disk", &[0; 512]);
+    let kernel = host.kernel(&power_off());
+    for (options, status, words) in [
+        (",ro", 2, &["\"ro\"", "readonly", "engine=uring", "iops=N"][..]),
+        (",", 2, &["unknown option"]),
+        (",engine=aio", 2, &["engine=aio", "engine=threads"]),
+        (",iops=many", 2, &["iops=many", "whole number"]),
+        (",iops=0", 2, &["iops=0", "1 or more"]),
+        (",bandwidth=quick", 2, &["bandwidth", "quick", "128M"]),
+        (",bandwidth=0", 2, &["bandwidth=0", "1 or more"]),
+        (",id=", 2, &["id=\"\"", "1 to 20"]),
+        (",id=a b", 2, &["id=\"a b\"", "1 to 20"]),
+        (",id=123456789012345678901", 2, &["1 to 20"]),
+    ] {
+        bad_disk(&host, &format!("disk{options}"), status, words);
+    }
+    bad_disk(&host, "", 2, &["no path"]);
+    assert_fails(&host.boot(&kernel, &["--root"]).output().unwrap(), 2, &["--root", "--disk PATH"]);
+    let names = host.boot(&kernel, &["--disk", "disk,id=disk1", "--disk", "disk"]).output().unwrap();
+    assert_fails(&names, 2, &["--disk disk", "disk1", "id=NAME"]);
+}

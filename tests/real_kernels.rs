@@ -252,3 +252,129 @@ fn a_kernel_is_mapped_and_not_read() {
         assert!(maps.lines().any(|l| l.ends_with(name)), "{name} is not mapped:\n{maps}");
     }
 }
+
+/// `check WORDS` with disks.
+fn with_disks(name: &str, file: &str, words: &str, disks: &[String]) -> Output {
+    let mut command = boot(name, file, words, &["--memory", "256M"]);
+    command.args(disks.iter().flat_map(|d| ["--disk", d])).output().unwrap()
+}
+
+fn fact<'a>(output: &'a str, name: &str) -> &'a str {
+    let line = output.lines().find_map(|l| l.trim().strip_prefix(name)?.strip_prefix('='));
+    line.unwrap_or_else(|| panic!("no {name} in: {output}"))
+}
+
+fn sha256(file: &std::path::Path) -> String {
+    let output = Command::new("sha256sum").stdin(std::fs::File::open(file).unwrap()).output().unwrap();
+    stdout(&output).trim().into()
+}
+
+/// An ext4 file system with busybox, `check` and microvm-init.
+fn ext4(host: &Host) -> PathBuf {
+    let tree = host.dir.path().join("tree");
+    for folder in ["bin", "sbin", "dev", "proc", "sys", "tmp"] {
+        std::fs::create_dir_all(tree.join(folder)).unwrap();
+    }
+    let busybox = kernel("..").join("busybox-static/bin/busybox");
+    let check = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/guest/check");
+    let init = PathBuf::from(env!("CARGO_BIN_EXE_microvm-init"));
+    for (from, to) in [(busybox, "bin/busybox"), (check, "bin/check"), (init, "sbin/init")] {
+        std::fs::copy(&from, tree.join(to)).unwrap_or_else(|e| panic!("{}: {e}", from.display()));
+    }
+    let image = host.file("root.img", b"");
+    std::fs::File::options().write(true).open(&image).unwrap().set_len(128 << 20).unwrap();
+    let mkfs = Command::new("/sbin/mkfs.ext4").args(["-q", "-d"]).arg(&tree).arg(&image).output().unwrap();
+    status(&mkfs, 0);
+    image
+}
+
+/// The file system is whole, and the file in it is what the guest says.
+#[track_caller]
+fn assert_clean(host: &Host, image: &std::path::Path, sum: &str) {
+    status(&Command::new("/sbin/e2fsck").arg("-fn").arg(image).output().unwrap(), 0);
+    let copy = host.dir.path().join("copy");
+    let request = format!("dump /written {}", copy.display());
+    status(&Command::new("/sbin/debugfs").args(["-R", &request]).arg(image).output().unwrap(), 0);
+    assert_eq!(sha256(&copy), sum);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn disk_tuned_has_its_root_on_it() {
+    let host = Host::new();
+    let image = ext4(&host);
+    let mut command = Host::new().microvm(["boot", "--timeout", "120s", "--root", "--kernel"]);
+    command.current_dir("/").arg(kernel("tuned").join("vmlinux")).arg("--disk").arg(&image);
+    command.args(["--exit-code-port", "0xf4", "--append"]);
+    let output = command.arg("microvm.exit_code_port=0xf4 -- /bin/check disk-root").output().unwrap();
+    status(&output, 0);
+    assert_clean(&host, &image, fact(&stdout(&output), "sum"));
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn disk_stock_6_1_mounts_ext4() {
+    let host = Host::new();
+    let image = ext4(&host);
+    let disk = image.display().to_string();
+    let output = with_disks("stock-6.1", "bzImage", "disk-chroot", &[disk]);
+    status(&output, 0);
+    assert_clean(&host, &image, fact(&stdout(&output), "sum"));
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn disk_stock_6_1_reads_and_writes_what_the_host_has() {
+    let host = Host::new();
+    let bytes: Vec<u8> = (0..16u32 << 18).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    for engine in ["uring", "threads", "threads,direct"] {
+        let (from, to) = (host.file("from", &bytes), host.file("to", &vec![0; bytes.len()]));
+        let disks = [
+            format!("{},readonly,id=source,engine={engine}", from.display()),
+            format!("{},engine={engine}", to.display()),
+        ];
+        let output = with_disks("stock-6.1", "bzImage", "disk-sum", &disks);
+        if stderr(&output).contains("no direct I/O") || stderr(&output).contains("refuses io_uring") {
+            continue;
+        }
+        status(&output, 0);
+        let text = stdout(&output);
+        assert_eq!((fact(&text, "sectors"), fact(&text, "serial")), ("32768", "source"));
+        assert_eq!(fact(&text, "sum"), sha256(&from), "{engine}");
+        assert!(std::fs::read(&to).unwrap() == bytes, "{engine}: the copy differs");
+    }
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn disk_keeps_what_was_acknowledged_before_a_kill() {
+    let host = Host::new();
+    let image = host.file("image", &vec![0; 4 << 20]);
+    let mut command = boot("tuned", "vmlinux", "disk-synced", &["--disk", image.to_str().unwrap()]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    read_until(&mut child, "acknowledged 40");
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let later = stdout(&output).lines().filter(|l| l.trim().starts_with("acknowledged ")).count();
+    let bytes = std::fs::read(&image).unwrap();
+    // The last line may have been cut short.
+    for i in 0..40 + later.saturating_sub(1) {
+        assert!(bytes[i * 512..].starts_with(format!("write {i}\n").as_bytes()), "write {i} is lost");
+    }
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn disk_on_a_full_host_disk_fails_and_the_vm_goes_on() {
+    let host = Host::new();
+    let small = host.dir.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=8M", "tmpfs"]).arg(&small).output();
+    status(&mount.unwrap(), 0);
+    let image = small.join("image");
+    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let output = with_disks("tuned", "vmlinux", "disk-full", &[image.display().to_string()]);
+    status(&Command::new("umount").arg(&small).output().unwrap(), 0);
+    status(&output, 0);
+    assert_eq!(fact(&stdout(&output), "still"), "here");
+}

@@ -83,6 +83,17 @@ impl Driver {
         driver
     }
 
+    /// Resets the device and starts it again, with fresh rings.
+    pub fn restart(&mut self, sizes: &[u16]) {
+        self.negotiate(u64::MAX);
+        self.rings.clear();
+        for (index, size) in sizes.iter().enumerate() {
+            self.set_up_queue(index as u32, *size);
+        }
+        self.write(0x70, 15);
+        assert_eq!(self.read(0x70), 15, "the device did not start");
+    }
+
     /// Up to accepted features.
     pub fn negotiate(&mut self, features: u64) {
         for status in [0, 1, 3] {

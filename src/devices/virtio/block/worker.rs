@@ -420,3 +420,72 @@ impl Served for BlockWorker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use crate::config::DiskConfig;
+
+    use super::*;
+
+    const LEN: u64 = 3 << 20;
+
+    fn shared(path: &std::path::Path) -> Shared {
+        Shared {
+            id: "disk0".into(),
+            image: Image::open(&DiskConfig::new(path.into())).unwrap(),
+            limiter: Mutex::new(RateLimiter::new(None, None)),
+            counters: Arc::default(),
+            writeback: AtomicBool::new(true),
+            complained: AtomicBool::new(false),
+        }
+    }
+
+    fn zeroes(shared: &Shared) -> (Pending, Operation) {
+        let request = Request::WriteZeroes { offset: 512, len: LEN, unmap: false };
+        let pending = Pending { request, status: GuestAddress(0), zeros: 0, sync_after: true };
+        let file = shared.image.buffered().clone();
+        let action = Action::ZeroRange(LEN);
+        (pending, Operation { tag: 0, file, action, offset: 512, buffers: Buffers::empty() })
+    }
+
+    #[test]
+    fn zeros_are_written_where_the_file_system_has_no_better_way() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), vec![7; LEN as usize + 1024]).unwrap();
+        let shared = shared(file.path());
+        let (mut pending, mut operation) = zeroes(&shared);
+        let refused = io::Error::from(Errno::OPNOTSUPP);
+        assert!(matches!(pending.recover(&mut operation, &refused, &shared), Next::Again));
+        let mut calls = 0;
+        loop {
+            let count = operation.perform().unwrap();
+            let Next::Again = pending.advance(&mut operation, count) else { break };
+            calls += 1;
+        }
+        // 1 MiB each, and a sync.
+        assert_eq!((calls, operation.action), (3, Action::Sync));
+        let bytes = fs::read(file.path()).unwrap();
+        assert!(bytes[512..512 + LEN as usize].iter().all(|b| *b == 0));
+        assert!(bytes[..512].iter().chain(&bytes[512 + LEN as usize..]).all(|b| *b == 7));
+        assert_eq!(bytes.len() as u64, LEN + 1024);
+    }
+
+    #[test]
+    fn what_was_interrupted_or_short_goes_on() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), [7; 1024]).unwrap();
+        let shared = shared(file.path());
+        let (mut pending, mut operation) = zeroes(&shared);
+        let interrupted = io::Error::from(Errno::INTR);
+        assert!(matches!(pending.recover(&mut operation, &interrupted, &shared), Next::Again));
+        operation.action = Action::Write { durable: false };
+        operation.buffers = Buffers::zeros(512);
+        assert!(matches!(pending.advance(&mut operation, 100), Next::Again));
+        assert_eq!((operation.offset, operation.buffers.len()), (612, 412));
+        assert!(matches!(pending.advance(&mut operation, 0), Next::End(Status::IoError)));
+        let full = io::Error::from(Errno::NOSPC);
+        assert!(matches!(pending.recover(&mut operation, &full, &shared), Next::End(Status::IoError)));
+    }
+}
