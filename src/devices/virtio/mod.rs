@@ -7,6 +7,8 @@
 mod chain;
 mod interrupt;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
