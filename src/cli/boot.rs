@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, Load, MemoryConfig, Serial, VmConfig};
+use crate::config::{BalloonConfig, Discovery, Load, MemoryConfig, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -78,6 +78,10 @@ pub struct BootArgs {
     /// A source of random numbers for the guest (virtio-rng): on or off [default: on]
     #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
     rng: Option<bool>,
+    /// A memory balloon of this size, which the guest fills with pages that the host gets back, as 64M or 0, with
+    /// ,deflate-on-oom and ,free-page-reporting and ,stats=SECONDS behind it [default: none]
+    #[arg(long, value_name = "SIZE[,OPTION…]")]
+    balloon: Option<BalloonConfig>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -208,6 +212,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
     config.rng = args.rng.unwrap_or(config.rng);
+    config.balloon = args.balloon.or(config.balloon);
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens a file or knows a KVM type.
 
+mod balloon;
 mod memory;
 mod size;
 
@@ -11,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use balloon::{BalloonConfig, ParseBalloonError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use size::{ParseSizeError, Size};
 
@@ -44,6 +46,9 @@ pub struct VmConfig {
     /// Give the guest a source of random numbers (virtio-rng).
     #[serde(default = "default_rng")]
     pub rng: bool,
+    /// A memory balloon, by which the host gets memory back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -138,6 +143,9 @@ pub enum ConfigError {
     /// Not whole pages.
     #[error("--memory {0}: must be a multiple of {1}")]
     MemoryUnaligned(Size, Size),
+    /// A balloon that leaves the guest nothing.
+    #[error("--balloon {0}: must be smaller than the guest's memory of {1}")]
+    BalloonTooLarge(Size, Size),
     /// A path that names nothing.
     #[error("{0} is an empty path: give one, or leave it out")]
     EmptyPath(&'static str),
@@ -180,6 +188,7 @@ impl VmConfig {
             timeout: None,
             exit_code_port: None,
             rng: default_rng(),
+            balloon: None,
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -211,7 +220,13 @@ impl VmConfig {
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
         }
-        self.memory.validate()
+        self.memory.validate()?;
+        match &self.balloon {
+            Some(balloon) if balloon.size >= self.memory.size => {
+                Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -276,6 +291,14 @@ mod tests {
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
+    }
+
+    #[test]
+    fn a_balloon_is_smaller_than_the_memory() {
+        for (size, good) in [("0", true), ("255M", true), ("256M", false), ("1T", false)] {
+            let c = VmConfig { balloon: Some(size.parse().unwrap()), ..config() };
+            assert_eq!(c.validate().is_ok(), good, "{size}");
+        }
     }
 
     #[test]

@@ -131,6 +131,7 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     let console = Console::new(&config.serial, &files, &vm, &mut ports)?;
     let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
     let mut mmio = Bus::default();
+    let balloon = devices.balloon();
     devices.connect(&vm, &memory, &mut mmio, &vmm_thread)?;
     let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, &timeline)?;
@@ -142,7 +143,7 @@ pub fn build(config: &VmConfig, kvm_device: &Path, timeline: Arc<Timeline>) -> R
     install_kick_handler().map_err(BuildError::Events)?;
     let threads = vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, reports.clone()));
     let vcpus = threads.collect::<Result<_, _>>()?;
-    Ok(Vmm { vcpus, events, console, timeline, vm, memory })
+    Ok(Vmm { vcpus, events, console, timeline, balloon, vm, memory })
 }
 
 /// The command line with its NUL.

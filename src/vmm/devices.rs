@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
 use crate::config::VmConfig;
+use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -29,7 +30,10 @@ pub enum DeviceError {
 }
 
 /// The devices of a VM, not yet connected, each with its place.
-pub(super) struct Devices(Vec<(VirtioSlot, Box<dyn VirtioDevice>)>);
+pub(super) struct Devices {
+    placed: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
+    balloon: Option<BalloonHandle>,
+}
 
 impl Devices {
     /// Opens what the devices of `config` need. Their order is the order in which the guest finds them, and so that of
@@ -42,15 +46,23 @@ impl Devices {
         if config.rng {
             devices.push(Box::new(Rng::default()));
         }
+        let balloon = config.balloon.as_ref().map(|balloon| Balloon::new(balloon, config.memory.size));
+        let handle = balloon.as_ref().map(Balloon::handle);
+        devices.extend(balloon.map(|b| Box::new(b) as Box<dyn VirtioDevice>));
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self(virtio_slots().zip(devices).collect()))
+        Ok(Self { placed: virtio_slots().zip(devices).collect(), balloon: handle })
+    }
+
+    /// The balloon's handle, where the VM has one.
+    pub(super) fn balloon(&self) -> Option<BalloonHandle> {
+        self.balloon.clone()
     }
 
     /// Where they are.
     pub(super) fn slots(&self) -> Vec<VirtioSlot> {
-        self.0.iter().map(|(slot, _)| *slot).collect()
+        self.placed.iter().map(|(slot, _)| *slot).collect()
     }
 
     /// Gives each its interrupt, its notifications and its place on the bus.
@@ -64,7 +76,7 @@ impl Devices {
         bus: &mut Bus,
         vmm: &VmmThread,
     ) -> Result<(), DeviceError> {
-        for (slot, device) in self.0 {
+        for (slot, device) in self.placed {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));

@@ -9,6 +9,7 @@ mod run;
 
 use std::sync::Arc;
 
+use crate::devices::virtio::balloon::BalloonHandle;
 use crate::metrics::Timeline;
 use crate::vcpu::VcpuThread;
 use crate::vm::{Memory, Vm};
@@ -25,6 +26,15 @@ pub struct Vmm {
     events: run::EventSources,
     console: Option<console::Console>,
     timeline: Arc<Timeline>,
+    balloon: Option<BalloonHandle>,
     vm: Vm,
     memory: Memory,
+}
+
+impl Vmm {
+    /// The way to change the balloon while the VM runs, where it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<BalloonHandle> {
+        self.balloon.clone()
+    }
 }

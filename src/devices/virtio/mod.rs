@@ -4,6 +4,7 @@
 //! driver's progress, and no device. The transport holds the queues until the driver has set them up and moves them
 //! into the device; a reset takes them back.
 
+pub mod balloon;
 mod chain;
 mod interrupt;
 mod queue;

@@ -163,7 +163,10 @@ fn bad_chains_are_refused() {
     assert!(matches!(index, Err(QueueError::Index(u16::MAX))));
     for flags in [NEXT, NEXT | WRITE] {
         for len in [0, 16] {
-            assert!(matches!(pop_of(0, &[(BUFFER, len, flags, 0)], &[]), Err(QueueError::TooLong)), "self-loop");
+            assert!(
+                matches!(pop_of(0, &[(BUFFER, len, flags, 0)], &[]), Err(QueueError::TooLong)),
+                "self-loop"
+            );
         }
     }
     let two = [(BUFFER, 16, NEXT, 1), (BUFFER, 16, NEXT, 0)];
@@ -220,7 +223,8 @@ fn bad_indirect_tables_are_refused() {
 
 #[test]
 fn good_chains_are_taken() {
-    let full = [(BUFFER, 1, NEXT, 1), (BUFFER, 2, NEXT, 2), (BUFFER, 3, NEXT | WRITE, 3), (BUFFER, 4, WRITE, 0)];
+    let full =
+        [(BUFFER, 1, NEXT, 1), (BUFFER, 2, NEXT, 2), (BUFFER, 3, NEXT | WRITE, 3), (BUFFER, 4, WRITE, 0)];
     assert_eq!(pop_of(0, &full, &[]).unwrap(), (3, 7));
     // §2.7.5.3.2: the table's own WRITE flag means nothing.
     for flags in [INDIRECT, INDIRECT | WRITE] {

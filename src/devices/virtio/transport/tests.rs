@@ -135,7 +135,8 @@ fn a_driver_may_give_up_on_a_device_in_need_of_a_reset() {
 #[test]
 fn features_are_offered_by_halves_and_no_further() {
     let mut driver = stub();
-    for (select, offered) in [(0, 1 << 3 | 3 << 28), (1, 1 | 1 << 8), (2, 0), (3, 0), (32, 0), (u32::MAX, 0)] {
+    for (select, offered) in [(0, 1 << 3 | 3 << 28), (1, 1 | 1 << 8), (2, 0), (3, 0), (32, 0), (u32::MAX, 0)]
+    {
         driver.write(0x14, select);
         assert_eq!(driver.read(0x10), offered, "{select}");
     }
@@ -180,7 +181,9 @@ fn features_count_only_before_they_are_said_to() {
 
 #[test]
 fn queues_change_only_between_features_and_start() {
-    for (status, open) in [(0, false), (1, false), (3, false), (11, true), (15, false), (139, false), (143, false)] {
+    for (status, open) in
+        [(0, false), (1, false), (3, false), (11, true), (15, false), (139, false), (143, false)]
+    {
         for register in QUEUE_REGISTERS {
             let mut driver = driver_at(status);
             driver.write(0x30, 1);
@@ -325,7 +328,9 @@ fn a_device_is_reset_while_it_serves() {
         buffers.iter().for_each(|b| _ = driver.offer(0, &[], &[*b]));
         driver.write(STATUS, 0);
         // Nothing that was offered is touched any more.
-        buffers.iter().for_each(|(at, _)| driver.memory.guest().write_slice(&[0x55; 4096], GuestAddress(*at)).unwrap());
+        buffers
+            .iter()
+            .for_each(|(at, _)| driver.memory.guest().write_slice(&[0x55; 4096], GuestAddress(*at)).unwrap());
         std::thread::yield_now();
         for buffer in buffers {
             assert!(driver.bytes(buffer).iter().all(|b| *b == 0x55));
