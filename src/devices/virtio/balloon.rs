@@ -127,8 +127,9 @@ impl VirtioDevice for Balloon {
             chain: Chain::default(),
             refused: false,
         };
-        self.worker = Some(Worker::start(NAME, worker)?);
+        // Before the thread, which may find the driver's first statistics at once.
         self.handle.start(activation.interrupt);
+        self.worker = Some(Worker::start(NAME, worker).inspect_err(|_| self.handle.stop())?);
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 
 pub mod balloon;
 mod chain;
+pub mod console;
 mod interrupt;
 mod queue;
 #[cfg(test)]

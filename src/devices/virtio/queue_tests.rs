@@ -338,6 +338,8 @@ fn a_used_element_holds_head_and_length() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     /// The guest is interrupted exactly when the entry that it named is among those given back (§2.7.7.2). The model
     /// counts without wrapping.
     #[test]
