@@ -108,7 +108,7 @@ fn sizes_are_powers_of_two_up_to_the_maximum() {
 fn rings_are_aligned_and_lie_in_one_piece_of_memory() {
     let memory = Memory::new(&"4G".parse().unwrap()).unwrap();
     let gap = 0xc000_0000;
-    let edges = [gap - 16, gap, 0xd000_0000, 5 << 30, u64::MAX - 15, u64::MAX & !0xff, 1 << 63];
+    let edges = [gap - 16, gap, 0xd000_0000, 5 << 30, u64::MAX - 15, !0xff, 1 << 63];
     let misaligned = [DESCRIPTORS + 8, AVAILABLE + 1, USED + 2, u64::MAX];
     for ring in 0..3 {
         for address in edges.into_iter().chain(misaligned) {

@@ -114,7 +114,7 @@ fn an_endless_request_asks_for_a_reset() {
 /// What is accepted, and the queue that reports come in: one that is left out shifts those behind it.
 #[test]
 fn queues_are_numbered_by_the_accepted_features() {
-    for (features, queue) in [(u64::MAX, 3), (u64::MAX & !F_STATS, 2)] {
+    for (features, queue) in [(u64::MAX, 3), (!F_STATS, 2)] {
         let (mut driver, _) = start(ALL, features);
         fill(&driver, PAGES, 4 * 4096);
         driver.offer(queue, &[], &[(PAGES + 100, 3 * 4096)]);
