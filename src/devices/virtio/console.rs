@@ -65,11 +65,11 @@ impl ConsolePort {
     /// Tells the guest the terminal's size (§5.3.4).
     pub fn set_size(&self, columns: u16, rows: u16) {
         let size = u32::from(columns) | u32::from(rows) << 16;
-        if self.0.size.swap(size, Ordering::SeqCst) == size {
-            return;
-        }
-        if let Some(interrupt) = lock(&self.0.driver).as_ref() {
-            interrupt.config_changed();
+        let change = || self.0.size.store(size, Ordering::SeqCst);
+        match lock(&self.0.driver).as_ref() {
+            _ if self.0.size.load(Ordering::SeqCst) == size => {}
+            Some(interrupt) => interrupt.change_config(change),
+            None => change(),
         }
     }
 

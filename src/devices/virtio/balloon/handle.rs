@@ -92,9 +92,10 @@ impl BalloonHandle {
         if target > self.0.memory {
             return Err(TargetTooLarge { asked: target, memory: self.0.memory });
         }
-        self.0.target.store(pages(target), Ordering::SeqCst);
-        if let Some(interrupt) = self.driver().as_ref() {
-            interrupt.config_changed();
+        let change = || self.0.target.store(pages(target), Ordering::SeqCst);
+        match self.driver().as_ref() {
+            Some(interrupt) => interrupt.change_config(change),
+            None => change(),
         }
         Ok(())
     }
