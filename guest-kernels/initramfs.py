@@ -11,7 +11,7 @@ import sys
 # What a stock kernel needs as modules for virtio devices and the usual file systems. Names that a kernel has
 # built in are skipped.
 DEFAULT_MODULES = (
-    "pvpanic-mmio", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console",
+    "pvpanic-mmio", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console", "virtio_balloon",
     "vmw_vsock_virtio_transport", "ext4", "overlay",
 )
 

@@ -12,7 +12,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::config::{
-    Control as ControlConfig, Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial, VmConfig,
+    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial,
+    VmConfig,
 };
 use crate::control::{Control, Place};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
@@ -92,6 +93,10 @@ pub struct BootArgs {
     /// is read-only
     #[arg(long)]
     root: bool,
+    /// A memory balloon of this size, which the guest fills with pages that the host gets back, as 64M or 0, with
+    /// ,deflate-on-oom and ,free-page-reporting and ,stats=SECONDS behind it [default: none]
+    #[arg(long, value_name = "SIZE[,OPTION…]")]
+    balloon: Option<BalloonConfig>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -301,6 +306,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
         config.disks = args.disk;
     }
     config.root |= args.root;
+    config.balloon = args.balloon.or(config.balloon);
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

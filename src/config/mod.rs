@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens a file or knows a KVM type.
 
+mod balloon;
 mod disk;
 mod memory;
 mod name;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use balloon::{BalloonConfig, ParseBalloonError};
 pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
@@ -60,6 +62,9 @@ pub struct VmConfig {
     /// The first disk holds the root file system.
     #[serde(default)]
     pub root: bool,
+    /// A memory balloon, by which the host gets memory back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -202,6 +207,9 @@ pub enum ConfigError {
     /// Not whole pages.
     #[error("--memory {0}: must be a multiple of {1}")]
     MemoryUnaligned(Size, Size),
+    /// A balloon that leaves the guest nothing.
+    #[error("--balloon {0}: must be smaller than the guest's memory of {1}")]
+    BalloonTooLarge(Size, Size),
     /// A path that names nothing.
     #[error("{0} is an empty path: give one, or leave it out")]
     EmptyPath(&'static str),
@@ -279,6 +287,7 @@ impl VmConfig {
             rng: default_rng(),
             disks: Vec::new(),
             root: false,
+            balloon: None,
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -316,7 +325,13 @@ impl VmConfig {
             check_cmdline(text)?;
         }
         disk::validate(&self.disks, self.root)?;
-        self.memory.validate()
+        self.memory.validate()?;
+        match &self.balloon {
+            Some(balloon) if balloon.size >= self.memory.size => {
+                Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -386,6 +401,14 @@ mod tests {
         c.root = true;
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
+    }
+
+    #[test]
+    fn a_balloon_is_smaller_than_the_memory() {
+        for (size, good) in [("0", true), ("255M", true), ("256M", false), ("1T", false)] {
+            let c = VmConfig { balloon: Some(size.parse().unwrap()), ..config() };
+            assert_eq!(c.validate().is_ok(), good, "{size}");
+        }
     }
 
     #[test]

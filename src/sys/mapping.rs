@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// What the processor and the kernel can map as one huge page.
 const HUGE_PAGE: usize = 2 << 20;
@@ -76,6 +76,22 @@ impl Mapping {
         unsafe { mmap(place, len, ProtFlags::READ | ProtFlags::WRITE, flags, file, offset) }?;
         Ok(())
     }
+
+    /// Gives whole pages back to the host. They read as zeros afterwards, or as the file that [`Mapping::replace`] put
+    /// there, which is private and stays as it is.
+    ///
+    /// # Errors
+    /// They do not lie in the mapping, or the kernel refuses.
+    pub fn discard(&self, at: usize, len: usize) -> io::Result<()> {
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let place = self.address.wrapping_add(at).cast();
+        // SAFETY: the pages lie in our own private mapping, checked above, and stay mapped: no pointer into them
+        // dangles. That bytes change under whoever reads them is what guest memory is.
+        unsafe { madvise(place, len, Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
 }
 
 impl Drop for Mapping {
@@ -124,6 +140,14 @@ mod tests {
         peek(mapping.address(), &mut bytes).unwrap();
         assert_eq!(bytes, [0; 16]);
         assert!(peek(mapping.address().wrapping_add(4096), &mut bytes).is_err());
+    }
+
+    #[test]
+    fn discarded_pages_lie_in_the_mapping() {
+        let mapping = Mapping::anonymous(8192).unwrap();
+        mapping.discard(4096, 4096).unwrap();
+        assert!(mapping.discard(4096, 8192).is_err());
+        assert!(mapping.discard(usize::MAX, 2).is_err());
     }
 
     #[test]

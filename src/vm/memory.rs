@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate};
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -94,6 +94,8 @@ struct Inner {
     guest: GuestMemoryMmap,
     /// The anonymous mappings behind `guest`, which does not own these. Files can be mapped over them.
     anonymous: Vec<Mapping>,
+    /// Its pages come from the host's pool, where they are reserved.
+    is_huge: bool,
 }
 
 impl Memory {
@@ -127,7 +129,7 @@ impl Memory {
             offset += len;
         }
         let guest = GuestMemoryMmap::from_regions(regions).map_err(|_| MemoryError::Regions)?;
-        Ok(Self(Arc::new(Inner { guest, anonymous })))
+        Ok(Self(Arc::new(Inner { guest, anonymous, is_huge: config.hugepages.is_some() })))
     }
 
     /// Puts its descriptors on the list of those that stay open.
@@ -183,6 +185,37 @@ impl Memory {
     pub fn peek(&self, at: GuestAddress, bytes: &mut [u8]) -> Option<()> {
         let slice = self.0.guest.get_slice(at, bytes.len()).ok()?;
         mapping::peek(slice.ptr_guard().as_ptr(), bytes).ok()
+    }
+
+    /// Gives the whole pages in `at..at + len` back to the host; the guest finds new ones when it touches them. What is
+    /// no guest memory is left out, so the range may be any. Does nothing where memory is of huge pages: the guest would
+    /// die when it touches one that another process took from the pool meanwhile.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn release(&self, at: u64, len: u64) -> io::Result<()> {
+        let first = at.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+        let end = at.saturating_add(len) / PAGE * PAGE;
+        for (index, region) in self.0.guest.iter().enumerate().filter(|_| !self.0.is_huge) {
+            // No further than the region: what lies behind it in a file is another region's.
+            let start = region.start_addr().0;
+            let (first, end) = (first.max(start), end.min(start + region.len()));
+            if first < end {
+                self.release_in(index, region, first - start, end - first)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn release_in(&self, index: usize, region: &GuestRegionMmap, at: u64, len: u64) -> io::Result<()> {
+        if let Some(file) = region.file_offset() {
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            return Ok(fallocate(file.file(), mode, file.start() + at, len)?);
+        }
+        match self.0.anonymous.get(index) {
+            Some(mapping) => mapping.discard(at as usize, len as usize),
+            None => Ok(()),
+        }
     }
 
     /// Files can be mapped over private memory of ordinary pages.
@@ -355,6 +388,45 @@ mod tests {
     fn more_than_the_host_has_is_refused() {
         let error = Memory::new(&"3T".parse().unwrap()).err().unwrap();
         assert!(matches!(error, MemoryError::MoreThanHost { .. }), "{error}");
+    }
+
+    /// Fills both sides of the gap, releases a range, and says which of the four pages around it still hold bytes.
+    fn kept(text: &str, at: u64, len: u64) -> [bool; 4] {
+        let memory = memory(text);
+        let pages = [0, 0xc000_0000 - 4096, 1 << 32, (1 << 32) + 4096].map(GuestAddress);
+        pages.iter().for_each(|page| memory.guest().write_obj(7u32, *page).unwrap());
+        memory.release(at, len).unwrap();
+        pages.map(|page| memory.guest().read_obj::<u32>(page).unwrap() == 7)
+    }
+
+    #[test]
+    fn released_memory_is_whole_pages_of_the_guest() {
+        for text in ["4G", "4G,backing=memfd"] {
+            assert_eq!(kept(text, 0, 0), [true; 4]);
+            assert_eq!(kept(text, 0, 4095), [true; 4]);
+            assert_eq!(kept(text, 1, 4096), [true; 4]);
+            assert_eq!(kept(text, 0, 4097), [false, true, true, true]);
+            // Over the gap, from one region into the next, and past every end.
+            assert_eq!(kept(text, 0xc000_0000 - 4096, 4096), [true, false, true, true]);
+            assert_eq!(kept(text, 0xc000_0000 - 4096, 8192), [true, false, true, true]);
+            assert_eq!(kept(text, 0xd000_0000, 4096), [true; 4]);
+            assert_eq!(kept(text, 0xc000_0000 - 4096, (1 << 30) + 8192), [true, false, false, true]);
+            assert_eq!(kept(text, 1 << 40, 1 << 40), [true; 4]);
+            assert_eq!(kept(text, u64::MAX, u64::MAX), [true; 4]);
+            assert_eq!(kept(text, 1 << 32, u64::MAX), [true, true, false, false]);
+        }
+    }
+
+    #[test]
+    fn a_released_page_of_a_mapped_file_leaves_the_file_alone() {
+        let memory = memory("2M");
+        let (file, bytes) = file(8192);
+        memory.load(&file, 0, 4096, 8192, true).unwrap();
+        memory.guest().write_slice(&[0xee; 8192], GuestAddress(4096)).unwrap();
+        memory.release(0, 2 << 20).unwrap();
+        let mut now = vec![0; 8192];
+        file.read_exact_at(&mut now, 0).unwrap();
+        assert!(now == bytes);
     }
 
     #[test]

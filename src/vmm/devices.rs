@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
 use crate::config::VmConfig;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
@@ -61,6 +62,11 @@ impl Devices {
         }
         for (place, disk) in config.disks.iter().enumerate() {
             devices.push(Box::new(Block::open(disk, place, config.cpus)?));
+        }
+        if let Some(balloon) = &config.balloon {
+            let balloon = Balloon::new(balloon, config.memory.size);
+            controls.add(balloon.control())?;
+            devices.push(Box::new(balloon));
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));

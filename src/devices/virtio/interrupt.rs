@@ -1,6 +1,7 @@
 //! How a device reaches its driver: an interrupt, and why (virtio 1.3 §2.9, §4.2.2).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -13,7 +14,7 @@ const CONFIG_CHANGE: u32 = 2;
 pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
-    generation: AtomicU32,
+    generation: Mutex<u32>,
     needs_reset: AtomicBool,
 }
 
@@ -24,7 +25,7 @@ impl Interrupt {
         Self {
             line,
             status: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
+            generation: Mutex::new(0),
             needs_reset: AtomicBool::new(false),
         }
     }
@@ -34,10 +35,19 @@ impl Interrupt {
         self.raise(USED_BUFFER);
     }
 
-    /// The device's configuration has changed.
+    /// The device's configuration has changed, of which the driver reads nothing in parts; else
+    /// [`Interrupt::change_config`].
     pub fn config_changed(&self) {
-        // First, so that a driver which reads old and new parts sees two generations (§2.5.3).
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.change_config(|| {});
+    }
+
+    /// Changes the device's configuration by `change`, and says so. A driver that reads old and new parts sees two
+    /// generations (§2.5.1): it cannot read the generation between the change and the step.
+    pub fn change_config(&self, change: impl FnOnce()) {
+        let mut generation = self.lock_generation();
+        change();
+        *generation = generation.wrapping_add(1);
+        drop(generation);
         self.raise(CONFIG_CHANGE);
     }
 
@@ -68,7 +78,11 @@ impl Interrupt {
 
     /// The configuration's generation. The register has 32 bits, of which the transport may show fewer.
     pub(super) fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
+        *self.lock_generation()
+    }
+
+    fn lock_generation(&self) -> MutexGuard<'_, u32> {
+        self.generation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets what the old driver has not seen.

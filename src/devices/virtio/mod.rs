@@ -4,10 +4,14 @@
 //! driver's progress, and no device. The transport holds the queues until the driver has set them up and moves them
 //! into the device; a reset takes them back.
 
+pub mod balloon;
 pub mod block;
 mod chain;
+pub mod console;
 mod interrupt;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;

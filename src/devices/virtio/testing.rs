@@ -124,6 +124,19 @@ impl Driver {
         self.rings.push(ring);
     }
 
+    /// Gives a device that was reset new queues of these sizes.
+    pub fn restart_queues(&mut self, sizes: &[u16]) {
+        self.rings.clear();
+        for (index, size) in sizes.iter().enumerate() {
+            self.set_up_queue(index as u32, *size);
+        }
+    }
+
+    /// Forgets all buffers, so that their memory is used again.
+    pub fn free_buffers(&mut self) {
+        self.next_buffer = BUFFERS;
+    }
+
     /// Reads a register.
     pub fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0; 4];

@@ -16,7 +16,7 @@ pub const NOTIFY_OFFSET: u64 = 0x50;
 
 /// A device's page of registers.
 pub struct MmioTransport {
-    transport: Transport,
+    pub(super) transport: Transport,
     device_features_select: u32,
     driver_features_select: u32,
     queue_select: u32,

@@ -3,6 +3,8 @@
 //! Register decoding is a transport's own (`mmio.rs`); a transport for PCI would sit beside it and use the same state.
 
 mod mmio;
+#[cfg(test)]
+mod tests;
 mod vmm_thread;
 
 use std::sync::Arc;
@@ -155,11 +157,13 @@ impl Transport {
         }
     }
 
-    /// The driver writes the status. It may add the next bit, say that it gave up, or reset; all else is ignored.
+    /// The driver writes the status (§2.1). It may add the next bit, say that it gave up, or reset; all else is ignored.
     fn set_status(&mut self, status: u8) {
         if status == 0 {
             return self.reset();
         }
+        // A driver that adds a bit to what it reads writes this one back; it is not the driver's to set or to clear.
+        let status = status & !(self.status() & NEEDS_RESET);
         let added = status & !self.status;
         if status & self.status != self.status || self.status & FAILED != 0 {
             return;
