@@ -89,11 +89,13 @@ pub fn elf(code: &[u8], protocol: Protocol) -> Vec<u8> {
 /// A folder of its own for each test, and what is run in it.
 pub struct Host {
     pub dir: TempDir,
+    /// For the control sockets of VMs that are killed, which stay behind.
+    run: TempDir,
 }
 
 impl Host {
     pub fn new() -> Self {
-        Self { dir: TempDir::new().unwrap() }
+        Self { dir: TempDir::new().unwrap(), run: TempDir::new().unwrap() }
     }
 
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
@@ -110,6 +112,7 @@ impl Host {
     pub fn microvm<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
         command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        command.env("XDG_RUNTIME_DIR", self.run.path());
         command
     }
 
