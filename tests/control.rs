@@ -958,6 +958,10 @@ fn metrics_are_in_a_file_at_the_end() {
         assert_fails(&output, 1, &["--metrics", path]);
         assert_eq!(stdout(&output), "");
     }
+    let kernel = station.host.kernel(&code);
+    let output = station.boot(&code, &["--metrics", "./vmlinux"]).output().unwrap();
+    assert_fails(&output, 2, &["--metrics", "is the kernel"]);
+    assert!(fs::metadata(&kernel).unwrap().len() > 0);
     // A full device costs the file, not the status.
     let output = station.boot(&code, &["--metrics", "/dev/full"]).output().unwrap();
     assert_eq!(output.status.code(), Some(0));

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -224,7 +225,7 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     timeline.mark(Phase::Start);
     config.validate().map_err(vmm::BuildError::from)?;
     let place = claim(&config)?;
-    let mut metrics_file = metrics_path.as_deref().map(create_metrics).transpose()?;
+    let mut metrics_file = metrics_path.as_deref().map(|p| create_metrics(p, &config)).transpose()?;
     let metrics = Arc::new(Registry::new(metrics_file.is_some()));
     let mut vmm = vmm::build(&config, &kvm_device, timeline.clone(), metrics)?;
     if let Some(control) = prepare_control(place, &config, &vmm)? {
@@ -277,7 +278,16 @@ fn prepare_control(place: Option<Place>, config: &VmConfig, vmm: &Vmm) -> Result
     }
 }
 
-fn create_metrics(path: &Path) -> Result<MetricsFile, CliError> {
+fn create_metrics(path: &Path, config: &VmConfig) -> Result<MetricsFile, CliError> {
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    let boot_files = [Some(&config.kernel.path), config.kernel.initrd.as_ref()];
+    // It would be emptied while the guest has it in its memory.
+    if identity(path).is_some_and(|own| boot_files.into_iter().flatten().any(|f| identity(f) == Some(own))) {
+        let path = path.display();
+        return Err(CliError::Usage(format!(
+            "--metrics {path} is the kernel or the initramfs: give another path"
+        )));
+    }
     MetricsFile::create(path).map_err(|source| CliError::Metrics { path: path.into(), source })
 }
 

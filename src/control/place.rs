@@ -6,13 +6,13 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, statat,
-    unlinkat,
+    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, renameat,
+    statat, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -179,7 +179,8 @@ impl Place {
     pub fn listen(&mut self) -> Result<OwnedFd, PlaceError> {
         let path = &self.path;
         let failed = |e: Errno| PlaceError::Socket { path: path.clone(), source: e.into() };
-        let address = SocketAddrUnix::new(path.as_path()).map_err(|_| PlaceError::TooLong(path.clone()))?;
+        // Clients come by the path.
+        SocketAddrUnix::new(path.as_path()).map_err(|_| PlaceError::TooLong(path.clone()))?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
         // Linux makes the file with the mode of the socket, so at no moment is it open to others.
@@ -187,13 +188,20 @@ impl Place {
         if self.base.is_none() {
             check_path(path, &self.folder, &self.socket)?;
         }
-        match unlinkat(&self.folder, &self.socket, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(e) => return Err(failed(e)),
-        }
+        // Under another name until it listens: a client that finds a socket which refuses it takes the VM for dead. The
+        // way by the folder's descriptor is short whatever the path is, and a rename replaces a dead VM's socket.
+        let name = format!(".{}.new", std::process::id());
+        let new = format!("/proc/self/fd/{}/{name}", self.folder.as_raw_fd());
+        let _ = unlinkat(&self.folder, &name, AtFlags::empty());
+        let address = SocketAddrUnix::new(new.as_str()).map_err(failed)?;
         bind(&socket, &address).map_err(failed)?;
+        let listening = listen(&socket, BACKLOG);
+        let listening = listening.and_then(|()| renameat(&self.folder, &name, &self.folder, &self.socket));
+        listening.map_err(|e| {
+            let _ = unlinkat(&self.folder, &name, AtFlags::empty());
+            failed(e)
+        })?;
         self.bound = true;
-        listen(&socket, BACKLOG).map_err(failed)?;
         Ok(socket)
     }
 }

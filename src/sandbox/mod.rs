@@ -8,7 +8,7 @@
 //! 4. Capabilities: none are needed any more, not even by the layers above.
 //! 5. No core dump, no debugger: guest memory stays ours. After 4, because a change of privileges resets it.
 //! 6. seccomp, last and for each thread alone: a thread that starts takes over the filter of the one that starts it, so
-//!    vCPUs and console start before the VMM thread gets its own, and a vCPU's exit passes one short filter.
+//!    vCPUs, console and control socket start before the VMM thread gets its own, and a vCPU's exit passes one short filter.
 //!
 //! 1 to 5 come before the first thread, which therefore has them all.
 

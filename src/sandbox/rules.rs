@@ -230,8 +230,7 @@ const WORKER: &[Rule] = &[
 
 /// The control socket's thread also removes the socket at the end, so that no thread that the guest gives work has to.
 const CONTROL: &[Rule] = &[
-    allow(libc::SYS_poll, "waits for clients"),
-    allow(libc::SYS_ppoll, "waits for clients, with a time limit"),
+    allow(libc::SYS_ppoll, "waits for clients"),
     allow(libc::SYS_accept4, "a client comes"),
     allow(libc::SYS_recvfrom, "a request"),
     allow(libc::SYS_sendto, "an answer"),

@@ -90,11 +90,13 @@ pub fn elf(code: &[u8], protocol: Protocol) -> Vec<u8> {
 /// A folder of its own for each test, and what is run in it.
 pub struct Host {
     pub dir: TempDir,
+    /// For the control sockets of VMs that are killed, which stay behind.
+    run: TempDir,
 }
 
 impl Host {
     pub fn new() -> Self {
-        Self { dir: TempDir::new().unwrap() }
+        Self { dir: TempDir::new().unwrap(), run: TempDir::new().unwrap() }
     }
 
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
@@ -113,6 +115,7 @@ impl Host {
         command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
         // SAFETY: system calls alone, which is all that is allowed between fork and exec.
         unsafe { command.pre_exec(heed_signals) };
+        command.env("XDG_RUNTIME_DIR", self.run.path());
         command
     }
 
