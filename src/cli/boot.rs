@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, Load, MemoryConfig, Serial, VmConfig};
+use crate::config::{Discovery, Load, MemoryConfig, NetConfig, Publish, Serial, VmConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -35,6 +35,7 @@ Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
+  microvm boot --kernel bzImage --initrd i.cpio --net user -p 8080:80
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
@@ -78,6 +79,12 @@ pub struct BootArgs {
     /// A source of random numbers for the guest (virtio-rng): on or off [default: on]
     #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
     rng: Option<bool>,
+    /// A network card, on a tap or in user mode (without root, through passt); again for more
+    #[arg(long, value_name = "tap=NAME|user[,mac=MAC]")]
+    net: Vec<NetConfig>,
+    /// Lead a port of the host's to one of the guest's, with --net user; again for more
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]
+    publish: Vec<Publish>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -208,6 +215,12 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
     config.rng = args.rng.unwrap_or(config.rng);
+    if !args.net.is_empty() {
+        config.nets = args.net;
+    }
+    if !args.publish.is_empty() {
+        config.publish = args.publish;
+    }
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

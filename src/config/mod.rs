@@ -3,6 +3,7 @@
 //! Nothing here opens a file or knows a KVM type.
 
 mod memory;
+mod net;
 mod size;
 
 use std::path::PathBuf;
@@ -12,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use memory::{Backing, HugePages, MemoryConfig};
+pub use net::{
+    Mac, NetBackend, NetConfig, ParseMacError, ParseNetError, ParsePublishError, Protocol, Publish,
+};
 pub use size::{ParseSizeError, Size};
 
 /// The most vCPUs a VM may have.
@@ -44,6 +48,12 @@ pub struct VmConfig {
     /// Give the guest a source of random numbers (virtio-rng).
     #[serde(default = "default_rng")]
     pub rng: bool,
+    /// Network cards, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+    /// The host's ports that lead to the guest, through its first card in user mode.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -154,6 +164,18 @@ pub enum ConfigError {
     /// A zero timeout would stop the VM before it starts.
     #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
     ZeroTimeout,
+    /// No interface of Linux has such a name.
+    #[error("--net tap={0}: an interface's name has 1 to 15 bytes, without spaces, '/' and ':'")]
+    TapName(String),
+    /// A tap has one user.
+    #[error("--net tap={0} is there twice: give each network card a tap of its own")]
+    TapTwice(String),
+    /// Two cards of one address on one network.
+    #[error("--net mac={0} is there twice: give each network card an address of its own")]
+    MacTwice(Mac),
+    /// A port leads to nobody.
+    #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
+    PublishWithoutUser(Publish),
     /// The kernel's timers count nanoseconds in 63 bits.
     #[error("--timeout is longer than a year: leave the flag out for no limit")]
     LongTimeout,
@@ -180,6 +202,8 @@ impl VmConfig {
             timeout: None,
             exit_code_port: None,
             rng: default_rng(),
+            nets: Vec::new(),
+            publish: Vec::new(),
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -211,7 +235,31 @@ impl VmConfig {
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
         }
+        self.validate_nets()?;
         self.memory.validate()
+    }
+
+    fn validate_nets(&self) -> Result<(), ConfigError> {
+        for (i, net) in self.nets.iter().enumerate() {
+            net.validate()?;
+            let before = &self.nets[..i];
+            if let NetBackend::Tap(name) = &net.backend
+                && before.iter().any(|b| b.backend == net.backend)
+            {
+                return Err(ConfigError::TapTwice(name.clone()));
+            }
+            if let Some(mac) = net.mac
+                && before.iter().any(|b| b.mac == net.mac)
+            {
+                return Err(ConfigError::MacTwice(mac));
+            }
+        }
+        match self.publish.first() {
+            Some(publish) if !self.nets.iter().any(|n| n.backend == NetBackend::User) => {
+                Err(ConfigError::PublishWithoutUser(*publish))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -273,6 +321,8 @@ mod tests {
         c.kernel.append = "loglevel=7".into();
         c.timeout = Some(Duration::from_millis(1500));
         c.serial = Serial::File("out.log".into());
+        c.nets = vec!["tap=tap0,mac=02:00:00:00:00:01".parse().unwrap(), "user".parse().unwrap()];
+        c.publish = vec!["127.0.0.1:8080:80".parse().unwrap(), "53:53/udp".parse().unwrap()];
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);

@@ -6,6 +6,7 @@
 
 mod chain;
 mod interrupt;
+pub mod net;
 mod queue;
 pub mod rng;
 #[cfg(test)]
