@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -237,4 +238,143 @@ fn a_kernel_is_mapped_and_not_read() {
     for name in ["vmlinux", "tuned.cpio"] {
         assert!(maps.lines().any(|l| l.ends_with(name)), "{name} is not mapped:\n{maps}");
     }
+}
+
+/// `ip WORDS`, which root alone may do.
+fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status().expect("ip is not installed (iproute2)");
+    assert!(status.success(), "ip {words}");
+}
+
+/// A tap that goes away with this.
+struct TestTap(&'static str);
+
+impl TestTap {
+    fn new(name: &'static str, address: &str) -> Self {
+        ip(&format!("tuntap add {name} mode tap"));
+        ip(&format!("addr add {address}/24 dev {name}"));
+        ip(&format!("link set {name} up"));
+        Self(name)
+    }
+}
+
+impl Drop for TestTap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", self.0]).status();
+    }
+}
+
+/// A web server of Python's on port 8000 with a file of many bytes, and what takes the file back on port 8001.
+struct Server {
+    python: Child,
+    host: Host,
+    back: TcpListener,
+    bytes: Vec<u8>,
+}
+
+impl Server {
+    fn new(mib: usize) -> Self {
+        let host = Host::new();
+        let mut state = 1u64;
+        let words = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state
+        });
+        let bytes: Vec<u8> = words.take(mib << 17).flat_map(u64::to_le_bytes).collect();
+        host.file("file", &bytes);
+        let mut python = Command::new("python3");
+        let quiet = python.stdout(Stdio::null()).stderr(Stdio::null());
+        let python = quiet.args(["-m", "http.server", "8000"]).current_dir(host.dir.path()).spawn().unwrap();
+        while TcpStream::connect("127.0.0.1:8000").is_err() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Self { python, host, back: TcpListener::bind("0.0.0.0:8001").unwrap(), bytes }
+    }
+
+    fn md5(&self) -> String {
+        let output = Command::new("md5sum").arg(self.host.dir.path().join("file")).output().unwrap();
+        stdout(&output).split(' ').next().unwrap().into()
+    }
+
+    /// Takes the file back and checks it.
+    fn take_back(&self) {
+        let mut bytes = Vec::new();
+        self.back.accept().unwrap().0.read_to_end(&mut bytes).unwrap();
+        assert!(bytes == self.bytes, "{} bytes of {} came back, or others", bytes.len(), self.bytes.len());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.python.kill();
+        let _ = self.python.wait();
+    }
+}
+
+/// What a transfer takes, with much room for an emulated host.
+const TRANSFER: [&str; 2] = ["--memory", "512M"];
+
+/// 64 MiB through a tap to the guest and back.
+#[track_caller]
+fn tap_transfers(name: &str, file: &str, flags: &[&str]) {
+    let tap = TestTap::new("mvtest0", "172.30.0.1");
+    let server = Server::new(64);
+    let flags = [&TRANSFER, &["--net", "tap=mvtest0"][..], flags].concat();
+    let child = boot(name, file, "net 172.30.0.2 172.30.0.1", &flags)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::scope(|scope| {
+        // Where the guest fails this never ends, and the time limit of scripts/test does it.
+        let back = scope.spawn(|| server.take_back());
+        let output = child.wait_with_output().unwrap();
+        if !output.status.success() {
+            let _ = TcpStream::connect("127.0.0.1:8001");
+        }
+        status(&output, 0);
+        assert!(stdout(&output).contains(&server.md5()), "{}", stdout(&output));
+        back.join().unwrap();
+    });
+    drop(tap);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn net_tap_stock_6_1() {
+    tap_transfers("stock-6.1", "bzImage", &[]);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn net_tap_tuned() {
+    let words = "ip=172.30.0.2::172.30.0.1:255.255.255.0::eth0:off";
+    let line = format!("console=ttyS0 reboot=t panic=-1 quiet {words}");
+    tap_transfers("tuned", "vmlinux", &["--discovery", "cmdline", "--cmdline", &line]);
+}
+
+/// From the guest to the host and back through passt, and from the host to the guest by a published port.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn net_user_stock_6_1() {
+    // passt takes the guest's address and route from the host's default route, and leads the router's to the host.
+    let _route = TestTap::new("mvroute0", "10.77.0.2");
+    let _ = Command::new("ip").args(["route", "add", "default", "via", "10.77.0.1"]).status();
+    let server = Server::new(64);
+    let flags = [&TRANSFER, &["--net", "user", "-p", "127.0.0.1:8080:80"][..]].concat();
+    let mut child = boot("stock-6.1", "bzImage", "net dhcp 10.77.0.1", &flags);
+    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::scope(|scope| {
+        let back = scope.spawn(|| server.take_back());
+        read_until(&mut child, &server.md5());
+        read_until(&mut child, "listening=80");
+        back.join().unwrap();
+        let mut bytes = Vec::new();
+        let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.read_to_end(&mut bytes).unwrap();
+        assert!(bytes == server.bytes, "{} bytes came", bytes.len());
+    });
+    drop(child.stdout.take());
+    child.wait().unwrap();
 }

@@ -20,6 +20,8 @@ pub const MIN_FRAME: usize = HEADER + 14;
 pub enum Sent {
     /// It is on its way.
     Done,
+    /// It was taken, and its end has to wait until the backend can be written to.
+    Kept,
     /// There is no room: wait until the backend can be written to.
     Wait,
 }

@@ -146,12 +146,11 @@ impl Backend for Passt {
         let prefix = len.to_be_bytes();
         let pieces = || slice(frame, HEADER as u32, len).map(|s| (s.address, s.len));
         match self.pieces.write(self.stream.as_fd(), &prefix, memory, pieces()) {
-            Ok(n) => self.output.keep(memory, frame, &prefix, n)?,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Sent::Wait),
-            Err(e) => return Err(e),
+            Ok(n) if n == PREFIX + len as usize => Ok(Sent::Done),
+            Ok(n) => self.output.keep(memory, frame, &prefix, n).map(|()| Sent::Kept),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Sent::Wait),
+            Err(e) => Err(e),
         }
-        // The frame is taken, if not sent: whatever is left goes before the next one.
-        Ok(Sent::Done)
     }
 
     fn flush(&mut self) -> io::Result<Sent> {

@@ -19,6 +19,9 @@ pub(super) enum TxEnd {
     Gone,
 }
 
+/// The backend is gone, and the frame with it.
+struct Gone;
+
 /// The transmit queue.
 pub(super) struct Tx {
     pub(super) queue: ActiveQueue,
@@ -49,16 +52,19 @@ impl Tx {
                 }
                 return Ok(end);
             }
-            match Self::send(memory, &self.chain, &mut backend, counters) {
-                TxEnd::Idle => {}
-                TxEnd::Gone => (backend, end) = (None, TxEnd::Gone),
-                TxEnd::Wait => {
-                    self.queue.queue.undo_pop(&self.chain);
+            let sent = Self::send(memory, &self.chain, &mut backend, counters);
+            match sent {
+                Ok(Sent::Wait) => self.queue.queue.undo_pop(&self.chain),
+                _ => self.queue.queue.push_used(memory, self.chain.head(), 0)?,
+            }
+            match sent {
+                Ok(Sent::Done) => {}
+                Ok(Sent::Wait | Sent::Kept) => {
                     self.publish(memory, interrupt)?;
                     return Ok(TxEnd::Wait);
                 }
+                Err(Gone) => (backend, end) = (None, TxEnd::Gone),
             }
-            self.queue.queue.push_used(memory, self.chain.head(), 0)?;
         }
         self.publish(memory, interrupt)?;
         self.queue.serve_again();
@@ -70,23 +76,23 @@ impl Tx {
         chain: &Chain,
         backend: &mut Option<&mut (dyn Backend + 'static)>,
         counters: &NetCounters,
-    ) -> TxEnd {
+    ) -> Result<Sent, Gone> {
         let len = chain.readable_len() as usize;
         let Some(backend) = backend.as_mut().filter(|_| (MIN_FRAME..=MAX_FRAME).contains(&len)) else {
             counters.tx_dropped.fetch_add(1, Relaxed);
-            return TxEnd::Idle;
+            return Ok(Sent::Done);
         };
         match backend.send(memory, chain.readable()) {
-            Ok(Sent::Done) => {
+            Ok(Sent::Wait) => Ok(Sent::Wait),
+            Ok(sent) => {
                 counters.tx_packets.fetch_add(1, Relaxed);
                 counters.tx_bytes.fetch_add((len - HEADER) as u64, Relaxed);
-                TxEnd::Idle
+                Ok(sent)
             }
-            Ok(Sent::Wait) => TxEnd::Wait,
             // An interface that is down (EIO), a full queue (ENOBUFS), a header that makes no sense (EINVAL).
             Err(e) => {
                 counters.tx_errors.fetch_add(1, Relaxed);
-                if is_gone(&e) { TxEnd::Gone } else { TxEnd::Idle }
+                if is_gone(&e) { Err(Gone) } else { Ok(Sent::Done) }
             }
         }
     }

@@ -90,7 +90,7 @@ impl NetWorker {
 
     fn unblock(&mut self, epoll: &Epoll) -> Result<(), QueueError> {
         match self.backend.as_mut().map_or(Ok(Sent::Done), |b| b.flush()) {
-            Ok(Sent::Wait) => return Ok(()),
+            Ok(Sent::Wait | Sent::Kept) => return Ok(()),
             Ok(Sent::Done) => {}
             Err(_) => self.lose_link(epoll),
         }
