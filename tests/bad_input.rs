@@ -281,6 +281,19 @@ fn usage_that_is_wrong() {
         (&["--exit-code-port", "70000"], &["--exit-code-port"]),
         (&["--timeline=xml"], &["--timeline"]),
         (&["--no-such-flag"], &["--no-such-flag"]),
+        (&["--net", "bridge"], &["--net", "\"bridge\"", "tap=NAME or user"]),
+        (&["--net", "user=1"], &["--net", "tap=NAME or user"]),
+        (&["--net", "user,speed=1"], &["--net", "\"speed=1\"", "mac=MAC"]),
+        (&["--net", "user,mac=+2:00:00:00:00:01"], &["--net", "six pairs"]),
+        (&["--net", "user,mac=01:00:5e:00:00:01"], &["--net", "01:00:5e:00:00:01", "group"]),
+        (&["--net", "tap="], &["--net tap=", "1 to 15 bytes"]),
+        (&["--net", "tap=a-name-of-16-byt"], &["--net tap=a-name-of-16-byt", "1 to 15 bytes"]),
+        (&["--net", "tap=a", "--net", "tap=a"], &["--net tap=a", "twice"]),
+        (&["--net", "tap=a,mac=02:00:00:00:00:01", "--net", "user,mac=02:00:00:00:00:01"], &["mac", "twice"]),
+        (&["--net", "user", "-p", "80"], &["--publish", "\"80\"", "[ADDRESS:]HOST:GUEST"]),
+        (&["--net", "user", "-p", "8080:80/sctp"], &["--publish", "tcp|udp"]),
+        (&["--net", "user", "-p", "8080:0"], &["--publish", "1 to 65535"]),
+        (&["-p", "8080:80"], &["--publish 8080:80/tcp", "--net user"]),
         (&["--append", "a\nb"], &["--append", "control character"]),
     ] {
         assert_fails(&host.boot(&kernel, flags).output().unwrap(), 2, words);
@@ -333,5 +346,42 @@ fn an_instruction_that_cannot_be_emulated() {
     assert_eq!(output.status.code(), Some(102), "{text}");
     for word in ["f3 0f b8 c0", "RIP 0x200000", "scripts/kvm-host"] {
         assert!(text.contains(word), "no {word:?} in: {text}");
+    }
+}
+
+#[test]
+fn a_tap_that_is_not_there() {
+    let host = Host::new();
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=no-such-tap"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=no-such-tap", "no such interface", "ip tuntap add no-such-tap"]);
+}
+
+#[test]
+fn an_interface_that_is_no_tap() {
+    let host = Host::new();
+    // "no tap", or no /dev/net/tun at all, or not for this user: whichever, it names the flag and what to do.
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=lo"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=lo", "sudo"]);
+}
+
+#[test]
+fn no_passt_installed() {
+    let host = Host::new();
+    let mut command = host.boot(&host.kernel(&power_off()), &["--net", "user"]);
+    let output = command.env("PATH", "/nonexistent").output().unwrap();
+    assert_fails(&output, 1, &["--net user", "no passt", "apt-get install passt"]);
+}
+
+#[test]
+fn a_published_port_that_is_taken() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let taken = [(tcp.local_addr().unwrap(), "tcp"), (udp.local_addr().unwrap(), "udp")];
+    for (address, protocol) in taken {
+        let port = format!("{address}:80/{protocol}");
+        let output = host.boot(&kernel, &["--net", "user", "-p", &port]).output().unwrap();
+        assert_fails(&output, 1, &["--publish", &port, "in use"]);
     }
 }
