@@ -80,7 +80,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
     rng: Option<bool>,
     /// A network card, on a tap or in user mode (without root, through passt); again for more
-    #[arg(long, value_name = "tap=NAME|user[,mac=MAC]")]
+    #[arg(long, value_name = "tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE]")]
     net: Vec<NetConfig>,
     /// Lead a port of the host's to one of the guest's, with --net user; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]

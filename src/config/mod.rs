@@ -173,6 +173,9 @@ pub enum ConfigError {
     /// Two cards of one address on one network.
     #[error("--net mac={0} is there twice: give each network card an address of its own")]
     MacTwice(Mac),
+    /// Nothing would ever pass.
+    #[error("--net iops=0 or bandwidth=0: give the card something, or leave the limit out")]
+    NetLimit,
     /// A port leads to nobody.
     #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
     PublishWithoutUser(Publish),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
 use super::ConfigError;
+use super::size::{ParseSizeError, Size};
 
 /// Linux's `IFNAMSIZ` is 16 with the NUL.
 const MAX_TAP_NAME: usize = 15;
@@ -20,6 +21,12 @@ pub struct NetConfig {
     /// Its address; one is made up where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
+    /// The most frames a second in each direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// The most bytes a second in each direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Size>,
 }
 
 /// What a network card is connected to.
@@ -112,6 +119,9 @@ impl NetConfig {
     }
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        if self.iops == Some(0) || self.bandwidth == Some(Size(0)) {
+            return Err(ConfigError::NetLimit);
+        }
         let NetBackend::Tap(name) = &self.backend else { return Ok(()) };
         let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         let good = (1..=MAX_TAP_NAME).contains(&name.len()) && name != "." && name != "..";
@@ -129,11 +139,17 @@ pub enum ParseNetError {
     #[error("{0:?} is no network: write tap=NAME or user in front")]
     Backend(String),
     /// An option behind it.
-    #[error("unknown option {0:?}: allowed is mac=MAC")]
+    #[error("unknown option {0:?}: allowed are mac=MAC, iops=N and bandwidth=SIZE")]
     Option(String),
+    /// No number of frames.
+    #[error("iops={0}: allowed are whole numbers from 1, as in iops=1000")]
+    Iops(String),
+    /// No size.
+    #[error("bandwidth: {0}")]
+    Bandwidth(#[from] ParseSizeError),
 }
 
-/// `tap=NAME|user[,mac=MAC]`
+/// `tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE]`
 impl FromStr for NetConfig {
     type Err = ParseNetError;
 
@@ -145,15 +161,23 @@ impl FromStr for NetConfig {
             Some(("tap", name)) => NetBackend::Tap(name.into()),
             _ => return Err(ParseNetError::Backend(first.into())),
         };
-        let mut net = Self { backend, mac: None };
+        let mut net = Self { backend, mac: None, iops: None, bandwidth: None };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) => net.mac = Some(mac.parse()?),
+                Some(("iops", number)) => net.iops = Some(parse_number(number)?),
+                Some(("bandwidth", size)) => net.bandwidth = Some(size.parse()?),
                 _ => return Err(ParseNetError::Option(part.into())),
             }
         }
         Ok(net)
     }
+}
+
+/// Rust would take a sign.
+fn parse_number(text: &str) -> Result<u64, ParseNetError> {
+    let number = text.parse().ok().filter(|_| !text.starts_with('+'));
+    number.ok_or_else(|| ParseNetError::Iops(text.into()))
 }
 
 impl<'de> Deserialize<'de> for NetConfig {
@@ -163,6 +187,8 @@ impl<'de> Deserialize<'de> for NetConfig {
         struct Fields {
             backend: NetBackend,
             mac: Option<Mac>,
+            iops: Option<u64>,
+            bandwidth: Option<Size>,
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
@@ -174,8 +200,9 @@ impl<'de> Deserialize<'de> for NetConfig {
                 v.parse().map_err(E::custom)
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<NetConfig, A::Error> {
-                let f = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                Ok(NetConfig { backend: f.backend, mac: f.mac })
+                let Fields { backend, mac, iops, bandwidth } =
+                    Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                Ok(NetConfig { backend, mac, iops, bandwidth })
             }
         }
         d.deserialize_any(Visitor)
@@ -307,7 +334,8 @@ mod tests {
 
     #[test]
     fn json_takes_the_flags_text() {
-        let json: NetConfig = serde_json::from_str("\"tap=t0,mac=02:00:00:00:00:01\"").unwrap();
+        let json: NetConfig =
+            serde_json::from_str("\"tap=t0,mac=02:00:00:00:00:01,iops=10,bandwidth=1M\"").unwrap();
         let text = serde_json::to_string(&json).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), json);
     }

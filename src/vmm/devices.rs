@@ -99,7 +99,7 @@ fn open_nets(config: &VmConfig, devices: &mut Vec<Box<dyn VirtioDevice>>) -> Res
             NetBackend::Tap(name) => Net::new(id, mac, Box::new(Tap::open(name)?)),
             NetBackend::User => Net::new(id, mac, Box::new(Passt::start(std::mem::take(&mut publish))?)),
         };
-        devices.push(Box::new(card));
+        devices.push(Box::new(card.with_limits(net.iops, net.bandwidth.map(|b| b.0))));
     }
     Ok(())
 }

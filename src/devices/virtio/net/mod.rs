@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::config::Mac;
+use crate::devices::rate_limiter::RateLimiter;
 
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space, take_queue,
@@ -24,7 +25,7 @@ pub use tap::{Tap, TapError};
 
 use rx::Rx;
 use tx::Tx;
-use worker::NetWorker;
+use worker::{Limit, NetWorker};
 
 /// The device takes frames without a checksum (§5.1.3).
 pub const F_CSUM: u64 = 1 << 0;
@@ -71,6 +72,8 @@ pub struct NetCounters {
     pub tx_dropped: AtomicU64,
     /// Frames from the guest that the host refused.
     pub tx_errors: AtomicU64,
+    /// How often a frame of either direction had to wait for the rate limit.
+    pub throttled: AtomicU64,
 }
 
 /// A network card.
@@ -84,6 +87,8 @@ pub struct Net {
     link: Arc<AtomicBool>,
     counters: Arc<NetCounters>,
     worker: Option<Worker<NetWorker>>,
+    iops: Option<u64>,
+    bandwidth: Option<u64>,
 }
 
 impl Net {
@@ -100,7 +105,15 @@ impl Net {
             link: Arc::new(AtomicBool::new(true)),
             counters: Arc::default(),
             worker: None,
+            iops: None,
+            bandwidth: None,
         }
+    }
+
+    /// With so many frames and bytes a second in each direction at most.
+    #[must_use]
+    pub fn with_limits(self, iops: Option<u64>, bandwidth: Option<u64>) -> Self {
+        Self { iops, bandwidth, ..self }
     }
 
     /// What it counts.
@@ -148,10 +161,12 @@ impl VirtioDevice for Net {
         if let Some(backend) = &mut self.backend {
             backend.set_features(activation.features)?;
         }
+        let limiter = || RateLimiter::new(self.iops, self.bandwidth);
+        let (rx_limit, tx_limit) = (Limit::new()?, Limit::new()?);
         let worker = NetWorker {
             id: self.id.clone(),
-            rx: Rx::new(rx, activation.features),
-            tx: Tx::new(tx),
+            rx: Rx::new(rx, activation.features, limiter()),
+            tx: Tx::new(tx, limiter()),
             memory: activation.memory,
             interrupt: activation.interrupt,
             backend: self.backend.take(),
@@ -159,6 +174,8 @@ impl VirtioDevice for Net {
             counters: self.counters.clone(),
             is_starved: false,
             is_blocked: false,
+            rx_limit,
+            tx_limit,
         };
         self.worker = Some(Worker::start(&self.id, worker)?);
         Ok(())

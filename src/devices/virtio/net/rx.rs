@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
+use crate::devices::rate_limiter::RateLimiter;
 use crate::vm::Memory;
 
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Segment};
@@ -26,6 +28,8 @@ pub(super) enum RxEnd {
     Starved,
     /// The backend is gone.
     Gone,
+    /// Enough for now: served again after this long.
+    Throttled(Duration),
 }
 
 /// A chain that was taken and waits for its frame.
@@ -34,7 +38,7 @@ struct Held {
     segments: usize,
 }
 
-/// A frame whose end is in the spill, waiting for more buffers.
+/// A frame that waits for its turn, or for buffers for what is in the spill.
 #[derive(Clone, Copy)]
 struct Pending {
     len: usize,
@@ -53,10 +57,11 @@ pub(super) struct Rx {
     spare: Vec<Chain>,
     pending: Option<Pending>,
     spill: Box<[u8]>,
+    limiter: RateLimiter,
 }
 
 impl Rx {
-    pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
+    pub(super) fn new(queue: ActiveQueue, features: u64, limiter: RateLimiter) -> Self {
         let mergeable = features & F_MRG_RXBUF != 0;
         let large = features & (F_GUEST_TSO4 | F_GUEST_TSO6 | F_MTU) != 0;
         Self {
@@ -70,6 +75,7 @@ impl Rx {
             pending: None,
             // One more than any frame, so that a longer one is seen to be longer.
             spill: vec![0; MAX_FRAME + 1].into_boxed_slice(),
+            limiter,
         }
     }
 
@@ -114,7 +120,12 @@ impl Rx {
         backend: &mut dyn Backend,
         counters: &NetCounters,
     ) -> Result<Option<RxEnd>, QueueError> {
-        if let Some(pending) = self.pending.take() {
+        if let Some(pending) = self.pending {
+            if let Err(wait) = self.limiter.take(1, pending.len as u64) {
+                counters.throttled.fetch_add(1, Relaxed);
+                return Ok(Some(RxEnd::Throttled(wait)));
+            }
+            self.pending = None;
             let rest = &self.spill[..pending.len - pending.placed];
             scatter(memory, self.segments.iter(), pending.placed, rest).map_err(|_| QueueError::Shape)?;
             self.complete(memory, pending.len, counters)?;
@@ -147,10 +158,10 @@ impl Rx {
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) || (!fits && !self.mergeable) {
             counters.rx_dropped.fetch_add(1, Relaxed);
             Ok(())
-        } else if fits {
+        } else if fits && !self.limiter.is_limited() {
             self.complete(memory, len, counters)
         } else {
-            self.pending = Some(Pending { len, placed });
+            self.pending = Some(Pending { len, placed: placed.min(len) });
             Ok(())
         }
     }

@@ -74,6 +74,10 @@ struct Setup {
 }
 
 fn setup(features: u64) -> Setup {
+    setup_with(features, None)
+}
+
+fn setup_with(features: u64, iops: Option<u64>) -> Setup {
     let (ours, network) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -84,7 +88,7 @@ fn setup(features: u64) -> Setup {
         accepted: Arc::clone(&accepted),
         error: Arc::clone(&error),
     };
-    let net = Net::new("net0".into(), Mac([2, 0, 0, 0, 0, 1]), Box::new(tap));
+    let net = Net::new("net0".into(), Mac([2, 0, 0, 0, 0, 1]), Box::new(tap)).with_limits(iops, None);
     let counters = net.counters();
     Setup {
         driver: Driver::start_with(Box::new(net), &[16, 16], features),
@@ -430,4 +434,30 @@ fn a_passt_that_ends_takes_the_link_down() {
         driver.wait("the link stays up", |d| (link(d) == 0).then_some(()));
         assert_idle();
     }
+}
+
+#[test]
+fn a_rate_limit_holds_in_both_directions_without_spinning() {
+    let mut s = setup_with(u64::MAX, Some(20));
+    let begin = std::time::Instant::now();
+    let (out, room) = (s.driver.filled(&frame(60)), s.driver.buffer(2000));
+    for _ in 0..12 {
+        s.driver.post(1, &[out], &[]);
+        s.driver.post(0, &[], &[room]);
+    }
+    s.driver.notify(1);
+    s.driver.notify(0);
+    for _ in 0..9 {
+        s.network.send(&frame(60)).unwrap();
+    }
+    assert_idle();
+    for _ in 0..12 {
+        s.driver.wait_used(1);
+    }
+    for _ in 0..9 {
+        assert_eq!(s.driver.wait_used(0).1, 72);
+    }
+    // A tenth of a second's worth, two, goes through at once.
+    assert!(begin.elapsed() >= Duration::from_millis(490), "{:?}", begin.elapsed());
+    assert!(s.counters.throttled.load(Ordering::Relaxed) > 5);
 }

@@ -1,7 +1,9 @@
 //! From the guest to the network (virtio 1.3 §5.1.6.2).
 
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
+use crate::devices::rate_limiter::RateLimiter;
 use crate::vm::Memory;
 
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError};
@@ -17,6 +19,8 @@ pub(super) enum TxEnd {
     Wait,
     /// The backend is gone.
     Gone,
+    /// Enough for now: served again after this long.
+    Throttled(Duration),
 }
 
 /// The backend is gone, and the frame with it.
@@ -26,11 +30,12 @@ struct Gone;
 pub(super) struct Tx {
     pub(super) queue: ActiveQueue,
     chain: Chain,
+    limiter: RateLimiter,
 }
 
 impl Tx {
-    pub(super) fn new(queue: ActiveQueue) -> Self {
-        Self { queue, chain: Chain::default() }
+    pub(super) fn new(queue: ActiveQueue, limiter: RateLimiter) -> Self {
+        Self { queue, chain: Chain::default(), limiter }
     }
 
     /// Sends what the driver offers, at most a queue full of it. Without a backend, frames go nowhere.
@@ -51,6 +56,12 @@ impl Tx {
                     continue;
                 }
                 return Ok(end);
+            }
+            if let Err(wait) = self.limiter.take(1, self.chain.readable_len().into()) {
+                counters.throttled.fetch_add(1, Relaxed);
+                self.queue.queue.undo_pop(&self.chain);
+                self.publish(memory, interrupt)?;
+                return Ok(TxEnd::Throttled(wait));
             }
             let sent = Self::send(memory, &self.chain, &mut backend, counters);
             match sent {

@@ -1,11 +1,14 @@
 //! A card's thread: which queue is served when, and what is waited for.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::devices::timer::Timer;
 use crate::vm::Memory;
 
 use super::super::{Interrupt, QueueError, Served};
@@ -17,6 +20,8 @@ use super::tx::{Tx, TxEnd};
 const RX_NOTIFY: u64 = 0;
 const TX_NOTIFY: u64 = 1;
 const BACKEND: u64 = 2;
+const RX_TIMER: u64 = 3;
+const TX_TIMER: u64 = 4;
 
 /// The state of a card's thread.
 pub(super) struct NetWorker {
@@ -33,6 +38,30 @@ pub(super) struct NetWorker {
     pub(super) is_starved: bool,
     /// The backend has no room.
     pub(super) is_blocked: bool,
+    pub(super) rx_limit: Limit,
+    pub(super) tx_limit: Limit,
+}
+
+/// Whether a direction waits for its rate limit.
+pub(super) struct Limit {
+    timer: Timer,
+    is_reached: bool,
+}
+
+impl Limit {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { timer: Timer::new()?, is_reached: false })
+    }
+
+    fn wait(&mut self, time: Duration) {
+        // Where the timer cannot be set there is no limit rather than no network.
+        self.is_reached = self.timer.set(time).is_ok();
+    }
+
+    fn is_over(&mut self) {
+        self.timer.acknowledge();
+        self.is_reached = false;
+    }
 }
 
 impl NetWorker {
@@ -41,9 +70,15 @@ impl NetWorker {
             return Ok(());
         }
         match token {
-            RX_NOTIFY => self.receive(epoll),
-            TX_NOTIFY if self.is_blocked => Ok(()),
-            TX_NOTIFY => self.transmit(epoll),
+            RX_NOTIFY | RX_TIMER if self.rx_limit.is_reached => Ok(()),
+            TX_NOTIFY | TX_TIMER if self.is_blocked || self.tx_limit.is_reached => Ok(()),
+            RX_NOTIFY | RX_TIMER => {
+                if token == RX_TIMER {
+                    self.watch(epoll);
+                }
+                self.receive(epoll)
+            }
+            TX_NOTIFY | TX_TIMER => self.transmit(epoll),
             _ => self.backend_ready(ready, epoll),
         }
     }
@@ -52,7 +87,7 @@ impl NetWorker {
         if ready.contains(EventSet::OUT) && self.is_blocked {
             self.unblock(epoll)?;
         }
-        if ready.contains(EventSet::IN) && !self.is_starved {
+        if ready.contains(EventSet::IN) && self.receives() {
             self.receive(epoll)?;
         }
         // These come whether asked for or not, again and again. What was sent before is received first.
@@ -68,8 +103,12 @@ impl NetWorker {
         if end == RxEnd::Gone {
             self.lose_link(epoll);
         }
-        if self.is_starved != (end == RxEnd::Starved) {
-            self.is_starved = !self.is_starved;
+        let before = self.interest();
+        self.is_starved = end == RxEnd::Starved;
+        if let RxEnd::Throttled(time) = end {
+            self.rx_limit.wait(time);
+        }
+        if self.interest() != before {
             self.watch(epoll);
         }
         Ok(())
@@ -80,6 +119,9 @@ impl NetWorker {
             self.tx.serve(&self.memory, self.backend.as_deref_mut(), &self.counters, &self.interrupt)?;
         if end == TxEnd::Gone {
             self.lose_link(epoll);
+        }
+        if let TxEnd::Throttled(time) = end {
+            self.tx_limit.wait(time);
         }
         if end == TxEnd::Wait {
             self.is_blocked = true;
@@ -96,12 +138,16 @@ impl NetWorker {
         }
         self.is_blocked = false;
         self.watch(epoll);
-        self.transmit(epoll)
+        if self.tx_limit.is_reached { Ok(()) } else { self.transmit(epoll) }
+    }
+
+    fn receives(&self) -> bool {
+        !self.is_starved && !self.rx_limit.is_reached
     }
 
     fn interest(&self) -> EventSet {
         let mut set = EventSet::empty();
-        set.set(EventSet::IN, !self.is_starved);
+        set.set(EventSet::IN, self.receives());
         set.set(EventSet::OUT, self.is_blocked);
         set
     }
@@ -135,6 +181,8 @@ impl Served for NetWorker {
         let mut events = vec![
             (self.rx.queue.notify.as_raw_fd(), EventSet::IN, RX_NOTIFY),
             (self.tx.queue.notify.as_raw_fd(), EventSet::IN, TX_NOTIFY),
+            (self.rx_limit.timer.as_raw_fd(), EventSet::IN, RX_TIMER),
+            (self.tx_limit.timer.as_raw_fd(), EventSet::IN, TX_TIMER),
         ];
         events.extend(self.backend.iter().map(|b| (b.as_fd().as_raw_fd(), self.interest(), BACKEND)));
         events
@@ -144,6 +192,8 @@ impl Served for NetWorker {
         match token {
             RX_NOTIFY => drop(self.rx.queue.notify.read()),
             TX_NOTIFY => drop(self.tx.queue.notify.read()),
+            RX_TIMER => self.rx_limit.is_over(),
+            TX_TIMER => self.tx_limit.is_over(),
             _ => {}
         }
         if let Err(e) = self.serve(token, ready, epoll) {
