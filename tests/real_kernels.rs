@@ -317,14 +317,19 @@ impl Drop for Server {
     }
 }
 
+/// 64, or what a machine that is slower still is asked for.
+fn transfer_mib() -> usize {
+    std::env::var("MICROVM_TEST_MIB").ok().map_or(64, |text| text.parse().unwrap())
+}
+
 /// What a transfer takes, with much room for an emulated host.
 const TRANSFER: [&str; 2] = ["--memory", "512M"];
 
-/// 64 MiB through a tap to the guest and back.
+/// A file through a tap to the guest and back.
 #[track_caller]
 fn tap_transfers(name: &str, file: &str, flags: &[&str]) {
     let tap = TestTap::new("mvtest0", "172.30.0.1");
-    let server = Server::new(64);
+    let server = Server::new(transfer_mib());
     let flags = [&TRANSFER, &["--net", "tap=mvtest0"][..], flags].concat();
     let child = boot(name, file, "net 172.30.0.2 172.30.0.1", &flags)
         .stdout(Stdio::piped())
@@ -366,7 +371,7 @@ fn net_user_stock_6_1() {
     // passt takes the guest's address and route from the host's default route, and leads the router's to the host.
     let _route = TestTap::new("mvroute0", "10.77.0.2");
     let _ = Command::new("ip").args(["route", "add", "default", "via", "10.77.0.1"]).status();
-    let server = Server::new(64);
+    let server = Server::new(transfer_mib());
     let flags = [&TRANSFER, &["--net", "user", "-p", "127.0.0.1:8080:80"][..]].concat();
     let mut child = boot("stock-6.1", "bzImage", "net dhcp 10.77.0.1", &flags);
     let mut child = child.stdout(Stdio::piped()).spawn().unwrap();

@@ -29,6 +29,9 @@ pub enum TapError {
     /// The host has no taps.
     #[error("--net tap={0}: {path} cannot be opened: load its module (sudo modprobe tun)", path = tap::DEVICE)]
     NoDevice(String, #[source] io::Error),
+    /// Taps are not for everybody on this host.
+    #[error("--net tap={0}: {path} may not be opened by this user: let them (sudo chmod 666 {path})", path = tap::DEVICE)]
+    DevicePermission(String),
     /// Another program has it.
     #[error("--net tap={0}: it is busy: another program, or VM, uses it")]
     Busy(String),
@@ -63,7 +66,10 @@ impl Tap {
         if !tap::exists(name) {
             return Err(TapError::Missing(own()));
         }
-        let file = tap::open_device().map_err(|e| TapError::NoDevice(own(), e))?;
+        let file = tap::open_device().map_err(|e| match e.kind() {
+            io::ErrorKind::PermissionDenied => TapError::DevicePermission(own()),
+            _ => TapError::NoDevice(own(), e),
+        })?;
         tap::attach(&file, name, HEADER as libc::c_int).map_err(|e| match e.raw_os_error() {
             Some(libc::EBUSY) => TapError::Busy(own()),
             Some(libc::EPERM | libc::EACCES) => TapError::Permission(own()),
