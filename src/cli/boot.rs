@@ -11,7 +11,7 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Discovery, Load, MemoryConfig, Serial, VmConfig};
+use crate::config::{Discovery, Load, MemoryConfig, Serial, VmConfig, VsockConfig};
 use crate::metrics::{Clock, Phase, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End};
 
@@ -78,6 +78,10 @@ pub struct BootArgs {
     /// A source of random numbers for the guest (virtio-rng): on or off [default: on]
     #[arg(long, value_name = "ON|OFF", value_parser = parse_switch)]
     rng: Option<bool>,
+    /// Sockets between guest and host (virtio-vsock): the guest's CID (from 3 on) and the Unix socket to reach it by
+    #[arg(long, value_name = "cid=N,socket=PATH",
+        value_parser = OsStringValueParser::new().try_map(|text| VsockConfig::parse(&text)))]
+    vsock: Option<VsockConfig>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -208,6 +212,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
     config.rng = args.rng.unwrap_or(config.rng);
+    config.vsock = args.vsock.or(config.vsock);
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

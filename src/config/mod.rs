@@ -4,6 +4,7 @@
 
 mod memory;
 mod size;
+mod vsock;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use thiserror::Error;
 
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use size::{ParseSizeError, Size};
+pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
 
 /// The most vCPUs a VM may have.
 pub const MAX_CPUS: u32 = 32;
@@ -44,6 +46,9 @@ pub struct VmConfig {
     /// Give the guest a source of random numbers (virtio-rng).
     #[serde(default = "default_rng")]
     pub rng: bool,
+    /// Sockets between guest and host (virtio-vsock).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -151,6 +156,14 @@ pub enum ConfigError {
         "the kernel command line has a control character at byte {0}: take it out of --append or --cmdline"
     )]
     CmdlineControl(usize),
+    /// A CID that is not a guest's.
+    #[error(
+        "--vsock cid={0}: the CIDs 0, 1, 2 and 4294967295 are reserved (hypervisor, guest itself, host, any): choose one from 3 on"
+    )]
+    VsockCid(u32),
+    /// Longer than a Unix socket's address.
+    #[error("--vsock socket={path}: the path has {1} bytes, and at most {MAX_SOCKET_PATH} leave room for _PORT in a socket's address: choose a shorter one", path = .0.display())]
+    VsockPath(PathBuf, usize),
     /// A zero timeout would stop the VM before it starts.
     #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
     ZeroTimeout,
@@ -180,6 +193,7 @@ impl VmConfig {
             timeout: None,
             exit_code_port: None,
             rng: default_rng(),
+            vsock: None,
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -210,6 +224,9 @@ impl VmConfig {
         }
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
         }
         self.memory.validate()
     }
@@ -273,6 +290,7 @@ mod tests {
         c.kernel.append = "loglevel=7".into();
         c.timeout = Some(Duration::from_millis(1500));
         c.serial = Serial::File("out.log".into());
+        c.vsock = Some(VsockConfig { cid: 3, socket: "v.sock".into() });
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);

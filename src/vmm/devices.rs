@@ -9,6 +9,7 @@ use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlo
 use crate::bus::{Bus, Overlap};
 use crate::config::VmConfig;
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
 };
@@ -20,6 +21,9 @@ pub enum DeviceError {
     /// More than there are interrupts.
     #[error("the VM has {0} virtio devices, and there is room for {MAX_VIRTIO_DEVICES}: leave some out")]
     TooMany(usize),
+    /// The socket of `--vsock`.
+    #[error(transparent)]
+    Vsock(#[from] HostSocketError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -41,6 +45,9 @@ impl Devices {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         if config.rng {
             devices.push(Box::new(Rng::default()));
+        }
+        if let Some(vsock) = &config.vsock {
+            devices.push(Box::new(Vsock::open(vsock.cid, &vsock.socket)?));
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
