@@ -87,3 +87,10 @@ impl VirtioDevice for Vsock {
         self.worker.take().and_then(Worker::stop).map(VsockThread::into_queues).unwrap_or_default()
     }
 }
+
+impl Drop for Vsock {
+    /// The thread holds the socket, too, whose file must not outlive the VM.
+    fn drop(&mut self) {
+        drop(self.quiesce());
+    }
+}

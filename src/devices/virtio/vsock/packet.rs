@@ -100,7 +100,7 @@ impl Header {
 
     /// Its bytes.
     #[must_use]
-    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+    pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut raw = [0; HEADER_LEN];
         let mut put = |at: usize, bytes: &[u8]| raw[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.src_cid.to_le_bytes());
@@ -118,7 +118,7 @@ impl Header {
 
     /// The reset that answers it: back to where it came from, of the type that it claims (§5.10.6.4.2).
     #[must_use]
-    pub fn reset_reply(&self) -> Self {
+    pub fn reset_reply(self) -> Self {
         Self {
             src_cid: self.dst_cid,
             dst_cid: self.src_cid,

@@ -296,3 +296,376 @@ fn two_hundred_at_once() {
         assert_eq!((header.src_port, data), (port, port.to_le_bytes().to_vec()));
     }
 }
+
+/// Pitfall 40: the header and its data lie in descriptors as the guest likes.
+#[test]
+fn a_packet_in_many_pieces_is_one() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let mut stream = guest.connect(&listener, (80, 1));
+    let header = Header { len: 7, ..guest.header((80, 1), Op::Data) };
+    let bytes = [&header.to_bytes()[..], b"pieces!"].concat();
+    let pieces: Vec<_> =
+        [&bytes[..10], &bytes[10..43], &bytes[43..46], &bytes[46..]].map(|p| guest.driver.filled(p)).to_vec();
+    guest.offer(&pieces);
+    let mut got = [0; 7];
+    stream.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"pieces!");
+}
+
+/// Pitfall 40, towards the guest.
+#[test]
+fn a_receive_buffer_in_many_pieces_is_filled() {
+    let mut guest = Guest::without_buffers();
+    let pieces = [20, 30, 5, 100].map(|len| guest.driver.buffer(len));
+    guest.driver.offer(0, &[], &pieces);
+    let _client = guest.client(5);
+    assert_eq!(guest.driver.wait_used(0).1, HEADER_LEN as u32);
+    let bytes: Vec<u8> = pieces.iter().flat_map(|p| guest.driver.bytes(*p)).collect();
+    let header = Header::parse(bytes[..HEADER_LEN].try_into().unwrap());
+    assert_eq!((header.op, header.dst_port), (Op::Request as u16, 5));
+    assert!(bytes[HEADER_LEN..].iter().all(|b| *b == 0xaa), "more was written than was said");
+}
+
+/// Pitfall 40: claims more than there is.
+#[test]
+fn a_header_that_claims_too_much_ends_its_connection() {
+    for claimed in [9, 65_536, 65_537, u32::MAX] {
+        let mut guest = Guest::new();
+        let listener = guest.listen(80);
+        let mut stream = guest.connect(&listener, (80, 1));
+        let header = Header { len: claimed, ..guest.header((80, 1), Op::Data) };
+        guest.send_raw(&header, &[1; 8]);
+        guest.expect(Op::Reset);
+        is_at_end(&mut stream);
+        assert_eq!(guest.counters.dropped.load(Ordering::Relaxed), 1);
+    }
+}
+
+#[test]
+fn a_chain_that_is_no_packet_is_given_back() {
+    let mut guest = Guest::new();
+    for len in [1, 43] {
+        let short = guest.driver.buffer(len);
+        guest.offer(&[short]);
+    }
+    let buffer = guest.driver.buffer(100);
+    let head = guest.driver.offer(1, &[], &[buffer]);
+    assert_eq!(guest.driver.wait_used(1), (head, 0));
+    assert_eq!(guest.counters.dropped.load(Ordering::Relaxed), 3);
+    guest.accept(5);
+}
+
+#[test]
+fn receive_buffers_without_room_go_back_empty() {
+    let mut guest = Guest::without_buffers();
+    for len in [1, 44] {
+        let buffer = guest.driver.buffer(len);
+        guest.driver.offer(0, &[], &[buffer]);
+    }
+    let _client = guest.client(5);
+    assert_eq!(guest.driver.wait_used(0).1, 0);
+    assert_eq!(guest.driver.wait_used(0).1, 0);
+    guest.give_buffers();
+    guest.expect(Op::Request);
+}
+
+#[test]
+fn unknown_operations_types_and_addresses_are_reset() {
+    let mut guest = Guest::new();
+    let good = guest.header((80, 1), Op::Data);
+    for bad in [
+        Header { op: 0, ..good },
+        Header { op: 99, ..good },
+        Header { kind: 2, ..good },
+        Header { kind: 0, op: Op::Request as u16, ..good },
+        good,
+        guest.header((80, 1), Op::CreditRequest),
+        guest.header((80, 1), Op::Shutdown),
+        // Nobody listens.
+        guest.header((80, 1), Op::Request),
+    ] {
+        guest.send_raw(&bad, &[]);
+        let reset = guest.expect(Op::Reset);
+        assert_eq!((reset.src_port, reset.dst_port, reset.kind), (80, 1, bad.kind));
+    }
+}
+
+#[test]
+fn a_foreign_cid_gets_no_answer_and_a_wrong_destination_a_reset() {
+    let mut guest = Guest::new();
+    let good = guest.header((80, 1), Op::Request);
+    guest.send_raw(&Header { src_cid: 9, ..good }, &[]);
+    guest.expect_silence();
+    guest.send_raw(&Header { dst_cid: 9, ..good }, &[]);
+    let (head, _) = guest.driver.wait_used(0);
+    let reset = Header::parse(guest.driver.bytes(guest.rx[&head])[..HEADER_LEN].try_into().unwrap());
+    assert_eq!((reset.op, reset.src_cid), (Op::Reset as u16, 9));
+}
+
+/// Pitfall 41: resets are not answered, and the rest is answered once.
+#[test]
+fn resets_are_not_amplified() {
+    let mut guest = Guest::without_buffers();
+    for _ in 0..1000 {
+        guest.send((80, 1), Op::Reset);
+    }
+    for _ in 0..muxer::MAX_REPLIES {
+        guest.send((80, 1), Op::Data);
+    }
+    // Now packets wait until the guest takes the answers.
+    let header = guest.header((80, 1), Op::Data);
+    let packet = guest.driver.filled(&header.to_bytes());
+    guest.driver.offer(1, &[packet], &[]);
+    thread::sleep(Duration::from_millis(50));
+    assert!(guest.driver.try_used(1).is_none());
+    guest.give_buffers();
+    for _ in 0..=muxer::MAX_REPLIES {
+        guest.expect(Op::Reset);
+    }
+    guest.driver.wait_used(1);
+    guest.expect_silence();
+}
+
+/// Pitfall 41: no more data than there is credit for, and one question for more.
+#[test]
+fn a_guest_without_room_gets_nothing_until_it_has_some() {
+    let mut guest = Guest::new();
+    guest.buf_alloc = 0;
+    let (mut client, ports) = guest.accept(5);
+    client.write_all(&[1; 1000]).unwrap();
+    guest.expect(Op::CreditRequest);
+    guest.expect_silence();
+    guest.send(ports, Op::CreditUpdate);
+    guest.expect_silence();
+    guest.buf_alloc = 600;
+    guest.send(ports, Op::CreditUpdate);
+    let (header, data) = guest.receive();
+    assert_eq!((header.op, data.len()), (Op::Data as u16, 600));
+    guest.expect(Op::CreditRequest);
+    guest.send(ports, Op::CreditUpdate);
+    assert_eq!(guest.receive().1.len(), 400);
+}
+
+/// Pitfall 41: a guest that sends more than it may loses its connection, and memory stays bounded.
+#[test]
+fn a_guest_that_overruns_its_credit_is_reset() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let _stream = guest.connect(&listener, (80, 1));
+    let data = vec![0; BUF_ALLOC as usize];
+    let mut reset = false;
+    // The host's program reads nothing: the kernel's buffer fills, then ours.
+    for _ in 0..100 {
+        guest.send_data((80, 1), &data);
+        reset |= std::iter::from_fn(|| guest.try_receive()).any(|(h, _)| h.op == Op::Reset as u16);
+    }
+    assert!(reset);
+}
+
+#[test]
+fn credit_comes_back_as_the_program_reads() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let mut stream = guest.connect(&listener, (80, 1));
+    let reader = thread::spawn(move || {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        all.len()
+    });
+    let (mut sent, mut forwarded) = (0u32, 0u32);
+    while sent < 4 << 20 {
+        if sent - forwarded + 4096 <= BUF_ALLOC {
+            guest.send_data((80, 1), &[3; 4096]);
+            sent += 4096;
+        }
+        while let Some((header, _)) = guest.try_receive() {
+            assert_eq!((header.op, header.buf_alloc), (Op::CreditUpdate as u16, BUF_ALLOC));
+            forwarded = header.fwd_cnt;
+        }
+    }
+    guest.shut_down((80, 1), SHUTDOWN_SEND);
+    assert_eq!(reader.join().unwrap(), 4 << 20);
+}
+
+#[test]
+fn half_closes_pass_both_ways() {
+    let mut guest = Guest::new();
+    let (mut client, ports) = guest.accept(5);
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.expect(Op::Shutdown).flags, SHUTDOWN_SEND);
+    guest.send_data(ports, b"late");
+    guest.shut_down(ports, SHUTDOWN_SEND);
+    let mut text = String::new();
+    client.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "late");
+    // Both directions are over, so the host's kernel says that the stream is.
+    assert_eq!(guest.expect(Op::Shutdown).flags, BOTH);
+    guest.shut_down(ports, BOTH);
+    guest.expect(Op::Reset);
+}
+
+#[test]
+fn data_behind_the_end_of_data_is_reset() {
+    let mut guest = Guest::new();
+    let (_client, ports) = guest.accept(5);
+    guest.shut_down(ports, SHUTDOWN_SEND);
+    guest.send_data(ports, b"more");
+    guest.expect(Op::Reset);
+}
+
+/// Pitfall 42: what the guest sent before its end reaches a slow program, and the port is free at once.
+#[test]
+fn what_a_finished_guest_sent_is_delivered() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let mut stream = guest.connect(&listener, (80, 1));
+    let mut sent = 0;
+    while std::iter::from_fn(|| guest.try_receive()).count() > 0 || sent < 60 {
+        guest.send_data((80, 1), &[5; 4096]);
+        sent += 1;
+    }
+    guest.shut_down((80, 1), BOTH);
+    while guest.receive().0.op != Op::Reset as u16 {}
+    let _second = guest.connect(&listener, (80, 1));
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), sent * 4096);
+}
+
+/// Pitfall 42: processor time of the device's thread while a stream is ready and the guest has no buffers.
+#[test]
+fn no_buffers_means_no_busy_loop() {
+    let mut guest = Guest::without_buffers();
+    let one = guest.driver.buffer(4096);
+    guest.driver.offer(0, &[], &[one]);
+    let mut client = guest.client(5);
+    guest.driver.wait_used(0);
+    let header = guest.driver.bytes((one.0, HEADER_LEN as u32));
+    let request = Header::parse(header[..].try_into().unwrap());
+    guest.send((request.src_port, 5), Op::Response);
+    read_ok(&mut client);
+    client.write_all(b"data").unwrap();
+    thread::sleep(Duration::from_millis(20));
+    let before = guest.counters.rx_packets.load(Ordering::Relaxed);
+    let switches = thread_switches();
+    thread::sleep(Duration::from_millis(200));
+    assert!(thread_switches() - switches < 20, "the device's threads do not sleep");
+    assert_eq!(guest.counters.rx_packets.load(Ordering::Relaxed), before);
+    guest.give_buffers();
+    assert_eq!(guest.receive().1, b"data");
+}
+
+/// Ticks of processor time that sleeping vsock threads of other tests cannot add to: the least of all of them.
+fn thread_switches() -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let times = tasks.filter_map(|task| {
+        let text = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+        let (name, rest) = text.rsplit_once(") ")?;
+        let ticks = || rest.split(' ').nth(11)?.parse::<u64>().ok();
+        name.ends_with("(vsock").then(ticks).flatten()
+    });
+    times.min().unwrap_or(0)
+}
+
+/// Pitfall 43.
+#[test]
+fn lines_that_are_none_close_their_stream() {
+    let guest = Guest::new();
+    for text in ["CONNECT\n", "CONNECT 99999999999\n", "GET / HTTP/1.1\r\n\r\n", &"x".repeat(5000)] {
+        let mut stream = UnixStream::connect(guest.path()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let _ = stream.write_all(text.as_bytes());
+        is_at_end(&mut stream);
+    }
+    let mut stream = UnixStream::connect(guest.path()).unwrap();
+    stream.write_all(b"CONNE").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    is_at_end(&mut stream);
+}
+
+#[test]
+fn a_line_may_come_in_pieces_and_with_data() {
+    let mut guest = Guest::new();
+    let mut stream = UnixStream::connect(guest.path()).unwrap();
+    for piece in ["CONN", "ECT ", "5", "\nearly"] {
+        stream.write_all(piece.as_bytes()).unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+    let request = guest.expect(Op::Request);
+    guest.send((request.src_port, 5), Op::Response);
+    assert_eq!(guest.receive().1, b"early");
+}
+
+#[test]
+fn a_program_that_goes_away_ends_its_connection() {
+    let mut guest = Guest::new();
+    let (mut client, ports) = guest.accept(5);
+    client.write_all(b"last words").unwrap();
+    drop(client);
+    assert_eq!(guest.receive().1, b"last words");
+    assert_eq!(guest.expect(Op::Shutdown).flags, BOTH);
+    guest.send_data(ports, b"to nobody");
+    guest.expect(Op::Reset);
+}
+
+#[test]
+fn a_guest_that_refuses_closes_the_stream() {
+    let mut guest = Guest::new();
+    let mut client = guest.client(5);
+    let request = guest.expect(Op::Request);
+    guest.send((request.src_port, 5), Op::Reset);
+    is_at_end(&mut client);
+    guest.expect_silence();
+}
+
+/// Pitfall 41: a flood from the guest stops at the bound, and what is closed makes room.
+#[test]
+fn a_connect_flood_is_bounded() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let accepting =
+        thread::spawn(move || (0..MAX_CONNECTIONS).map(|_| listener.accept().unwrap().0).collect::<Vec<_>>());
+    let mut port = 0;
+    let mut accepted = 0;
+    while accepted < MAX_CONNECTIONS {
+        // A full accept queue of the host is a reset, too; this guest tries again.
+        guest.send((80, port), Op::Request);
+        if guest.receive().0.op == Op::Response as u16 {
+            (port, accepted) = (port + 1, accepted + 1);
+        }
+    }
+    let programs = accepting.join().unwrap();
+    for port in port..port + 500 {
+        guest.send((80, port), Op::Request);
+        guest.expect(Op::Reset);
+    }
+    let mut client = guest.client(5);
+    is_at_end(&mut client);
+    assert_eq!(guest.counters.connections.load(Ordering::Relaxed), MAX_CONNECTIONS as u64);
+    guest.send((80, 0), Op::Reset);
+    drop(programs);
+}
+
+#[test]
+fn a_reset_closes_all_and_the_next_driver_is_served() {
+    let mut guest = Guest::new();
+    let (mut client, _) = guest.accept(5);
+    guest.driver.write(0x70, 0);
+    is_at_end(&mut client);
+    // It waits for the next driver.
+    let waiting = guest.client(6);
+    thread::sleep(Duration::from_millis(20));
+    guest.driver.negotiate(u64::MAX);
+    drop(waiting);
+}
+
+#[test]
+fn the_socket_goes_with_the_device() {
+    let guest = Guest::new();
+    let path = guest.path();
+    assert!(path.exists());
+    let Guest { driver, dir: _dir, .. } = guest;
+    drop(driver);
+    assert!(!path.exists());
+}
