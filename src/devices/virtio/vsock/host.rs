@@ -4,14 +4,13 @@
 //! the guest has accepted. Guest connections to the host's port P go to the socket `PATH_P`.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, statat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, open, statat, unlinkat};
 use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
 };
@@ -52,7 +51,7 @@ pub struct HostSocket {
     listener: UnixListener,
     path: PathBuf,
     /// The folder, open: it is the same one at the end, whatever is renamed, and needs no path walked then.
-    folder: File,
+    folder: OwnedFd,
     name: OsString,
     /// Device and inode of the socket's file, by which another one at its place is told apart.
     identity: (u64, u64),
@@ -67,8 +66,9 @@ impl HostSocket {
         let failed = |source| HostSocketError::Bind { path: path.into(), source };
         let name = path.file_name().ok_or_else(|| failed(ErrorKind::InvalidInput.into()))?;
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let folder =
-            File::open(parent).map_err(|source| HostSocketError::Folder { path: path.into(), source })?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = open(parent, flags, Mode::empty())
+            .map_err(|e| HostSocketError::Folder { path: path.into(), source: e.into() })?;
         let listener = match UnixListener::bind(path) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
                 remove_dead(path)?;
