@@ -274,5 +274,5 @@ fn vsock_with_stock_6_1() {
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn vsock_with_tuned() {
-    vsock_run("tuned", "vmlinux", &["--discovery", "cmdline"]);
+    vsock_run("tuned", "vmlinux", &[]);
 }
