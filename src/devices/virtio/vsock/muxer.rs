@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SocketFlags, accept_with};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Outcome};
@@ -42,6 +43,8 @@ pub struct VsockCounters {
     pub connections: AtomicU64,
     /// Resets sent to the guest.
     pub resets: AtomicU64,
+    /// Events that the device's thread woke up for.
+    pub wakeups: AtomicU64,
 }
 
 /// A host program that has not named its port yet.
@@ -124,8 +127,9 @@ impl Muxer {
     /// # Errors
     /// None waits, or the host has no descriptor left.
     pub fn accept(&mut self, epoll: &Epoll) -> io::Result<()> {
-        let (stream, _) = self.host.listener().accept()?;
-        if self.is_full() || stream.set_nonblocking(true).is_err() {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let stream = UnixStream::from(accept_with(self.host.listener(), flags)?);
+        if self.is_full() {
             return Ok(());
         }
         let deadline = Instant::now() + HANDSHAKE_TIME;

@@ -99,6 +99,7 @@ impl Served for VsockThread {
     }
 
     fn event(&mut self, token: u64, ready: EventSet, epoll: &Epoll) {
+        self.counters.wakeups.fetch_add(1, Ordering::Relaxed);
         let mut served = Ok(());
         match token {
             RX => drop(self.rx.notify.read()),
