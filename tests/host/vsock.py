@@ -117,4 +117,7 @@ try:
     raise SystemExit("a port where nobody listens was accepted")
 except ConnectionError:
     print("refused", flush=True)
-connect(8).close()
+try:
+    connect(8).close()
+except ConnectionError:
+    pass  # the VM may be gone before its answer is through
