@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use microvm::cli::{self, CliError};
 use microvm::metrics::Clock;
-use microvm::sys::signals;
+use microvm::sys::{confinement, signals};
 
 fn main() -> ExitCode {
     // First of all, so that the timeline starts as close to exec as user space can see.
     let clock = Clock::start();
+    confinement::share_one_arena();
     // A file that reaches the user's size limit then fails with an error instead of ending us.
     signals::ignore(libc::SIGXFSZ);
     match cli::run(clock) {

@@ -99,9 +99,7 @@ fn stock_6_1_loads_modules() {
 #[ignore = "needs hardware-grade KVM"]
 fn the_guest_has_random_numbers() {
     for discovery in ["acpi", "cmdline"] {
-        let output = boot("tuned", "vmlinux", "random", &["--discovery", discovery, "--timeout", "20s"])
-            .output()
-            .unwrap();
+        let output = boot("tuned", "vmlinux", "random", &["--discovery", discovery]).output().unwrap();
         assert!(stdout(&output).contains("hwrng=virtio_rng.0 64"), "{discovery}: {}", stdout(&output));
     }
 }
