@@ -17,16 +17,8 @@ impl EndSignals {
     /// # Errors
     /// The kernel has no descriptor left.
     pub fn new() -> io::Result<Self> {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: sigemptyset initialises the set that it is given.
-        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-        // SAFETY: initialised on the line above.
-        let mut set = unsafe { set.assume_init() };
         // A blocked signal reaches the descriptor even where it is ignored, so those are left out.
-        for signal in ENDING.into_iter().filter(|s| !is_ignored(*s)) {
-            // SAFETY: `set` is an initialised signal set and `signal` a valid number.
-            unsafe { libc::sigaddset(&raw mut set, signal) };
-        }
+        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)));
         // SAFETY: `set` is valid for reading; the old mask is not asked for.
         let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
         if failed != 0 {
@@ -76,14 +68,21 @@ pub fn block(signal: libc::c_int) {
     change_mask(libc::SIG_BLOCK, signal);
 }
 
-fn change_mask(how: libc::c_int, signal: libc::c_int) {
+fn set_of(signals: impl IntoIterator<Item = libc::c_int>) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigemptyset initialises the set that it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: initialised on the line above.
     let mut set = unsafe { set.assume_init() };
-    // SAFETY: `set` is an initialised signal set; a number that is no signal's leaves it empty.
-    unsafe { libc::sigaddset(&raw mut set, signal) };
+    for signal in signals {
+        // SAFETY: `set` is an initialised signal set; a number that is no signal's leaves it as it is.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    set
+}
+
+fn change_mask(how: libc::c_int, signal: libc::c_int) {
+    let set = set_of([signal]);
     // SAFETY: `set` is valid for reading; the old mask is not asked for.
     unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) };
 }
