@@ -699,6 +699,7 @@ fn only_named_descriptors_are_open() {
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventpoll",
+        "anon_inode:[io_uring", // the VM's end
         "anon_inode:[signalfd",
         "anon_inode:[timerfd",
         "anon_inode:kvm-vcpu-stats:",

@@ -219,6 +219,7 @@ fn the_timeline_has_the_guests_marks_in_order() {
         "open-kvm",
         "memory",
         "kernel-mapped",
+        "vm-made",
         "tables",
         "vcpus-made",
         "first-run",

@@ -11,12 +11,14 @@ use super::exits::{ExitSource, Exits};
 pub enum Phase {
     /// Exec to the end of flag parsing.
     Start,
-    /// `/dev/kvm` is open and the VM made.
+    /// `/dev/kvm` is open, and KVM is making the VM.
     OpenKvm,
-    /// Guest memory is mapped and given to KVM.
+    /// Guest memory is mapped.
     Memory,
-    /// Kernel and initramfs are mapped.
+    /// Kernel and initramfs are mapped or copied.
     Kernel,
+    /// The VM is made, and has its memory.
+    Vm,
     /// Boot parameters, ACPI and page tables are written.
     Tables,
     /// The vCPUs are made and their registers set.
@@ -46,6 +48,7 @@ impl Phase {
             Self::OpenKvm => "open-kvm",
             Self::Memory => "memory",
             Self::Kernel => "kernel-mapped",
+            Self::Vm => "vm-made",
             Self::Tables => "tables",
             Self::Vcpus => "vcpus-made",
             Self::FirstRun => "first-run",

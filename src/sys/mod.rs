@@ -1,5 +1,6 @@
 //! The operating system's sharp edges, each behind a safe function.
 
+pub mod background_close;
 pub mod confinement;
 pub mod file_io;
 pub mod mapping;

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
 use crate::sandbox::Kept;
+use crate::sys::background_close::BackgroundClose;
 
 pub use kvm::{HostKvm, OpenKvmError};
 pub use memory::{LoadError, Loaded, Memory, MemoryError};
@@ -33,6 +34,9 @@ pub(crate) fn kvm_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Kvm
 /// A VM with its in-kernel interrupt controllers.
 pub struct Vm {
     fd: VmFd,
+    /// KVM takes a VM down in what waits for several grace periods of RCU, 10 to 30 ms in which nothing is done, and a
+    /// process cannot end before. Declared, and so dropped, after the descriptor itself.
+    end: Option<BackgroundClose>,
 }
 
 impl Vm {
@@ -55,7 +59,10 @@ impl Vm {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(config).map_err(kvm_error("make the i8254 timer"))?;
         }
-        Ok(Self { fd })
+        let end = BackgroundClose::of(&fd);
+        let end =
+            end.inspect_err(|e| log::debug!("no io_uring ({e}): this process waits for KVM at its end")).ok();
+        Ok(Self { fd, end })
     }
 
     /// Gives `memory` to the guest: a slot for each of its regions.
@@ -71,8 +78,8 @@ impl Vm {
                 userspace_addr: region.as_ptr() as u64,
                 flags: 0,
             };
-            // SAFETY: the region is mapped as long as `memory` lives, and a `Vmm` drops its VM and vCPUs before its
-            // memory. Regions do not overlap, so neither do the slots.
+            // SAFETY: the region is mapped as long as `memory` lives, and a `Vmm` drops its vCPUs, through which alone
+            // KVM uses the address, before its memory. Regions do not overlap, so neither do the slots.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(kvm_error("take the guest's memory"))?;
         }
         Ok(())
@@ -81,6 +88,9 @@ impl Vm {
     /// Puts its descriptor on the list of those that stay open.
     pub fn keep(&self, kept: &mut Kept) {
         kept.add("the VM", &self.fd);
+        if let Some(end) = &self.end {
+            kept.add("the VM's end", end);
+        }
     }
 
     /// A new vCPU.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -13,7 +14,7 @@ use crate::arch::x86_64::cmdline::{CmdlineConfig, ROOT, ROOT_READ_ONLY, command_
 use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::layout::VirtioSlot;
-use crate::arch::x86_64::linux_boot::{BootInfo, write_boot_params};
+use crate::arch::x86_64::linux_boot::{BootInfo, Initrd, write_boot_params};
 use crate::arch::x86_64::memory_map::memory_map;
 use crate::arch::x86_64::{layout, pvh, registers};
 use crate::bus::{Bus, BusDevice, Overlap};
@@ -89,6 +90,9 @@ pub enum BuildError {
     /// The guest's status port is another device's.
     #[error("--exit-code-port {0:#x} belongs to another device of the machine: choose a free one, as 0xf4")]
     ExitCodePort(u16),
+    /// No thread.
+    #[error("no thread to make the VM on: raise the limit on processes of this user (ulimit -u)")]
+    Thread(#[source] io::Error),
     /// No descriptor or handler.
     #[error("the event loop cannot be set up")]
     Events(#[source] io::Error),
@@ -122,16 +126,7 @@ pub fn build(
     if !host.tier().is_hardware() && !config.allow_software_kvm {
         return Err(BuildError::SoftwareKvm { device: kvm_device.into() });
     }
-    // A guest whose APIC timer has to be measured needs something to measure it with.
-    let vm = Vm::new(host.kvm(), config.pit || !host.has_tsc_deadline())?;
-    timeline.mark(Phase::OpenKvm);
-
-    let memory = Memory::new(&config.memory)?;
-    vm.set_memory(&memory)?;
-    timeline.mark(Phase::Memory);
-
-    let initrd = files.load(&memory, config.memory.size)?;
-    timeline.mark(Phase::Kernel);
+    let (vm, memory, initrd) = make_vm(config, &host, &files, &timeline)?;
 
     memory.guest().write_slice(cmdline_bytes(&cmdline)?.as_slice(), GuestAddress(layout::CMDLINE))?;
     let rsdp = acpi::write_tables(
@@ -194,6 +189,35 @@ pub fn build(
         layers,
         kept,
         services,
+    })
+}
+
+/// Makes the VM, and fills its memory meanwhile: a kernel that does not begin its grace periods at once sleeps for 3 to 30 ms in
+/// `KVM_CREATE_VM` (it attaches a thread of its own to this process's control groups).
+fn make_vm(
+    config: &VmConfig,
+    host: &HostKvm,
+    files: &BootFiles,
+    timeline: &Timeline,
+) -> Result<(Vm, Memory, Option<Initrd>), BuildError> {
+    // A guest whose APIC timer has to be measured needs something to measure it with.
+    let pit = config.pit || !host.has_tsc_deadline();
+    thread::scope(|scope| {
+        let make = || Vm::new(host.kvm(), pit);
+        let making = thread::Builder::new().name("make the VM".into()).spawn_scoped(scope, make);
+        let making = making.map_err(BuildError::Thread)?;
+        timeline.mark(Phase::OpenKvm);
+
+        let memory = Memory::new(&config.memory)?;
+        timeline.mark(Phase::Memory);
+
+        let initrd = files.load(&memory, config.memory.size)?;
+        timeline.mark(Phase::Kernel);
+
+        let vm = making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        vm.set_memory(&memory)?;
+        timeline.mark(Phase::Vm);
+        Ok((vm, memory, initrd))
     })
 }
 

@@ -29,7 +29,7 @@ pub use state::{State, StateCell};
 
 /// A VM that is built: everything is open, no thread runs yet, and nothing is confined.
 ///
-/// The fields are dropped in this order: KVM must let go of guest memory before it is unmapped.
+/// The fields are dropped in this order: no vCPU may be left when guest memory is unmapped.
 pub struct Vmm {
     vcpus: Vec<Vcpu>,
     reports: Reports,
