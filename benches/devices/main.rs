@@ -1,0 +1,126 @@
+//! What an operation of a device costs, in instructions and VM exits, next to QEMU's microvm machine.
+//!
+//! `cargo bench --bench devices` builds what it needs and measures in the emulated host in counting mode, where a clock
+//! counts executed instructions (docs/benchmarks.md). Both programs boot the same kernel and initramfs and the same
+//! program in it does the same work on the same disk, tap and socket; the guest checks what it reads.
+
+mod job;
+mod vmm;
+mod vsock;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use job::{JOBS, Job};
+use vmm::{Guest, Vmm};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+const WORK: &str = "MICROVM_BENCH_WORK";
+/// Runs of each job; the first is warm-up, and the median of the others is told.
+const RUNS: usize = 4;
+
+fn main() -> Result<()> {
+    match env::var_os(WORK) {
+        Some(work) => inside(Path::new(&work)),
+        None => outside(),
+    }
+}
+
+fn outside() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let work = root.join("target/bench-devices");
+    fs::create_dir_all(&work)?;
+    let run = |program: &str, args: &[&str]| -> Result<()> {
+        let status = Command::new(root.join(program)).args(args).status()?;
+        if status.success() { Ok(()) } else { Err(format!("{program} failed: {status}").into()) }
+    };
+    run("guest-kernels/build", &["tuned"])?;
+    run("guest-kernels/fetch-stock", &["emulated-host"])?;
+    fs::copy(cache().join("kernels/tuned/vmlinux"), work.join("vmlinux"))?;
+    fs::copy(env!("CARGO_BIN_EXE_microvm"), work.join("microvm"))?;
+    let program = env::current_exe()?;
+    // Beside this program: TARGET/PROFILE/deps/devices-…, TARGET/PROFILE/examples/bench_guest.
+    let guest = program.ancestors().nth(2).ok_or("no folder")?.join("examples/bench_guest");
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--quiet", "--example", "bench_guest"])
+        .current_dir(root)
+        .status()?;
+    if !status.success() {
+        return Err("the guest's program cannot be built".into());
+    }
+    let file = format!("{}:/bin/bench", guest.display());
+    run("guest-kernels/initramfs", &["--output", text(&work.join("initrd"))?, "--file", &file])?;
+    let status = Command::new(root.join("scripts/kvm-host"))
+        .args(["--icount", "--memory", "3G", "--"])
+        .arg(program)
+        .args(env::args().skip(1))
+        .env(WORK, &work)
+        .env("MICROVM_BENCH_MODULES", cache().join("kernels/emulated-host/lib/modules"))
+        .status()?;
+    if status.success() { Ok(()) } else { Err(format!("the bench failed: {status}").into()) }
+}
+
+fn cache() -> PathBuf {
+    let var = |name| env::var_os(name).map(PathBuf::from);
+    var("MICROVM_CACHE").unwrap_or_else(|| {
+        var("XDG_CACHE_HOME").or(var("HOME").map(|h| h.join(".cache"))).unwrap_or_default().join("microvm")
+    })
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| "a path that is no UTF-8".into())
+}
+
+fn inside(work: &Path) -> Result<()> {
+    fs::write("/sys/kernel/rcu_expedited", "1")?;
+    job::prepare_host()?;
+    let wanted: Vec<_> = env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    println!(
+        "{:<44} {:>9} {:>9} {:>6}   {:>9} {:>9} {:>6}",
+        "per operation", "microvm", "QEMU", "ratio", "microvm", "QEMU", "ratio"
+    );
+    println!("{:<44} {:^26}   {:^26}", "", "thousand instructions", "VM exits");
+    for job in JOBS.iter().filter(|j| wanted.is_empty() || wanted.iter().any(|w| j.name.contains(&**w))) {
+        let ours = measure(job, Vmm::Microvm, work)?;
+        let theirs = measure(job, Vmm::Qemu, work)?;
+        println!(
+            "{:<44} {:>9.2} {:>9.2} {:>6.2}   {:>9.3} {:>9.3} {:>6.2}",
+            job.name,
+            ours.instructions / 1e3,
+            theirs.instructions / 1e3,
+            ours.instructions / theirs.instructions,
+            ours.exits,
+            theirs.exits,
+            ours.exits / theirs.exits
+        );
+    }
+    Ok(())
+}
+
+/// What one operation costs.
+#[derive(Clone, Copy)]
+struct Cost {
+    instructions: f64,
+    exits: f64,
+}
+
+fn measure(job: &Job, vmm: Vmm, work: &Path) -> Result<Cost> {
+    let mut guest = Guest::boot(vmm, work, job.device)?;
+    if let Some(setup) = job.setup() {
+        guest.run(setup)?;
+    }
+    let mut costs = Vec::new();
+    for _ in 0..RUNS {
+        let peer = job.start_peer(vmm, work)?;
+        let (time, exits) = guest.run(&job.words())?;
+        peer.map_or(Ok(()), |p| p.join().map_err(|_| "the host's side panicked")?)?;
+        let per = |total: f64| total / job.operations as f64;
+        costs.push(Cost { instructions: per(time.as_nanos() as f64), exits: per(exits as f64) });
+    }
+    costs.remove(0);
+    costs.sort_by(|a, b| a.instructions.total_cmp(&b.instructions));
+    guest.end()?;
+    Ok(costs[costs.len() / 2])
+}

@@ -1,0 +1,132 @@
+//! Starting either program with the same guest, and talking to the guest.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::job::{DISK, Device, TAP, VSOCK_CID};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    Microvm,
+    Qemu,
+}
+
+pub struct Guest {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+const WORDS: &str = "quiet -- /bin/bench";
+
+impl Guest {
+    /// Boots the guest with one device.
+    pub fn boot(vmm: Vmm, work: &Path, device: Device) -> Result<Self> {
+        let mut command = match vmm {
+            Vmm::Microvm => microvm(work, device),
+            Vmm::Qemu => qemu(work, device),
+        };
+        let log =
+            fs::File::create(work.join("last-vmm.log")).or_else(|_| fs::File::create("/tmp/vmm.log"))?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn()?;
+        let input = child.stdin.take().ok_or("no input")?;
+        let output = BufReader::new(child.stdout.take().ok_or("no output")?);
+        Ok(Self { child, input, output })
+    }
+
+    /// Has the guest do a job: how long it took, and how many exits.
+    pub fn run(&mut self, words: &str) -> Result<(Duration, u64)> {
+        self.say(words)?;
+        self.wait_for("@ready")?;
+        let (before, exits) = (Instant::now(), self.exits()?);
+        self.say("go")?;
+        self.wait_for("@done")?;
+        Ok((before.elapsed(), self.exits()? - exits))
+    }
+
+    pub fn end(mut self) -> Result<()> {
+        self.say("end")?;
+        let status = self.child.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("the VM ended with {status}").into()) }
+    }
+
+    fn say(&mut self, line: &str) -> Result<()> {
+        Ok(writeln!(self.input, "{line}")?)
+    }
+
+    fn wait_for(&mut self, wanted: &str) -> Result<()> {
+        let mut seen = String::new();
+        loop {
+            let from = seen.len();
+            if self.output.read_line(&mut seen)? == 0 {
+                return Err(format!("the guest ended before {wanted}:\n{seen}").into());
+            }
+            if seen[from..].trim() == wanted {
+                return Ok(());
+            }
+        }
+    }
+
+    /// As KVM counts them, whichever program it is.
+    fn exits(&self) -> Result<u64> {
+        let own = format!("{}-", self.child.id());
+        for entry in fs::read_dir("/sys/kernel/debug/kvm")? {
+            let entry = entry?;
+            if entry.file_name().to_str().is_some_and(|n| n.starts_with(&own)) {
+                return Ok(fs::read_to_string(entry.path().join("exits"))?.trim().parse()?);
+            }
+        }
+        Err("KVM shows no counters of the VM".into())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Where a measurement failed; else it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn microvm(work: &Path, device: Device) -> Command {
+    let mut command = Command::new(work.join("microvm"));
+    command.args(["boot", "--memory", "256M", "--append", WORDS]);
+    command.arg("--kernel").arg(work.join("vmlinux")).arg("--initrd").arg(work.join("initrd"));
+    match device {
+        Device::Block => command.args(["--disk", &format!("{DISK},direct")]),
+        Device::Net => command.args(["--net", &format!("tap={TAP}")]),
+        Device::Vsock => {
+            let socket = work.join("vsock").display().to_string();
+            command.args(["--vsock", &format!("cid={VSOCK_CID},socket={socket}")])
+        }
+    };
+    command
+}
+
+fn qemu(work: &Path, device: Device) -> Command {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-M", "microvm,accel=kvm", "-cpu", "host", "-m", "256M", "-smp", "1"]);
+    command.args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"]);
+    command.arg("-kernel").arg(work.join("vmlinux")).arg("-initrd").arg(work.join("initrd"));
+    command.args(["-append", &format!("console=ttyS0 reboot=t panic=-1 8250.nr_uarts=1 {WORDS}")]);
+    match device {
+        Device::Block => command.args([
+            "-drive",
+            &format!("id=d,file={DISK},format=raw,if=none,cache=none,aio=io_uring"),
+            "-device",
+            "virtio-blk-device,drive=d",
+        ]),
+        Device::Net => command.args([
+            "-netdev",
+            &format!("tap,id=n,ifname={TAP},script=no,downscript=no,vhost=off"),
+            "-device",
+            "virtio-net-device,netdev=n",
+        ]),
+        Device::Vsock => command.args(["-device", &format!("vhost-vsock-device,guest-cid={VSOCK_CID}")]),
+    };
+    command
+}
