@@ -13,6 +13,8 @@ use io_uring::{IoUring, opcode, types};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
+    // What is typed before the console is open is lost.
+    println!("@started");
     let mut lines = io::stdin().lock().lines();
     while let Some(line) = lines.next().transpose()? {
         let words: Vec<_> = line.split_whitespace().collect();

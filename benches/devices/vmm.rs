@@ -35,7 +35,9 @@ impl Guest {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn()?;
         let input = child.stdin.take().ok_or("no input")?;
         let output = BufReader::new(child.stdout.take().ok_or("no output")?);
-        Ok(Self { child, input, output })
+        let mut guest = Self { child, input, output };
+        guest.wait_for("@started")?;
+        Ok(guest)
     }
 
     /// Has the guest do a job: how long it took, and how many exits.

@@ -91,7 +91,7 @@ pub enum BuildError {
     #[error("--exit-code-port {0:#x} belongs to another device of the machine: choose a free one, as 0xf4")]
     ExitCodePort(u16),
     /// No thread.
-    #[error("no thread to make the VM on: raise the limit on processes of this user (ulimit -u)")]
+    #[error("no thread to load the kernel: raise the limit on processes of this user (ulimit -u)")]
     Thread(#[source] io::Error),
     /// No descriptor or handler.
     #[error("the event loop cannot be set up")]
@@ -192,8 +192,9 @@ pub fn build(
     })
 }
 
-/// Makes the VM, and fills its memory meanwhile: a kernel that does not begin its grace periods at once sleeps for 3 to 30 ms in
-/// `KVM_CREATE_VM` (it attaches a thread of its own to this process's control groups).
+/// Makes the VM, and fills its memory meanwhile: KVM attaches a thread of its own to this process's control groups, and
+/// sleeps for a grace period of RCU before, some 10 ms. KVM's tools know a VM by the thread that makes it, so that is
+/// this one.
 fn make_vm(
     config: &VmConfig,
     host: &HostKvm,
@@ -202,19 +203,20 @@ fn make_vm(
 ) -> Result<(Vm, Memory, Option<Initrd>), BuildError> {
     // A guest whose APIC timer has to be measured needs something to measure it with.
     let pit = config.pit || !host.has_tsc_deadline();
-    thread::scope(|scope| {
-        let make = || Vm::new(host.kvm(), pit);
-        let making = thread::Builder::new().name("make the VM".into()).spawn_scoped(scope, make);
-        let making = making.map_err(BuildError::Thread)?;
-        timeline.mark(Phase::OpenKvm);
-
+    timeline.mark(Phase::OpenKvm);
+    let fill_memory = || {
         let memory = Memory::new(&config.memory)?;
         timeline.mark(Phase::Memory);
-
         let initrd = files.load(&memory, config.memory.size)?;
         timeline.mark(Phase::Kernel);
-
-        let vm = making.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok::<_, BuildError>((memory, initrd))
+    };
+    thread::scope(|scope| {
+        let filling = thread::Builder::new().name("loader".into()).spawn_scoped(scope, fill_memory);
+        let filling = filling.map_err(BuildError::Thread)?;
+        let vm = Vm::new(host.kvm(), pit);
+        let (memory, initrd) = filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let vm = vm?;
         vm.set_memory(&memory)?;
         timeline.mark(Phase::Vm);
         Ok((vm, memory, initrd))
