@@ -2,6 +2,8 @@
 //! with `--ignored` in `scripts/kvm-host`.
 
 mod common;
+#[path = "real/console.rs"]
+mod console;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

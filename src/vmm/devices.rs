@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
-use crate::config::VmConfig;
+use crate::config::{HostEnd, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
@@ -19,6 +19,8 @@ use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
 
+use super::console::GuestEnd;
+
 /// A virtio device cannot be part of the VM.
 #[derive(Debug, Error)]
 pub enum DeviceError {
@@ -28,6 +30,9 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// The virtio console.
+    #[error("--console: no descriptor is left: raise the limit (ulimit -n)")]
+    Console(#[source] std::io::Error),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -40,7 +45,11 @@ pub enum DeviceError {
 }
 
 /// The devices of a VM, not yet connected, each with its place.
-pub(super) struct Devices(Vec<(VirtioSlot, Box<dyn VirtioDevice>)>);
+pub(super) struct Devices {
+    all: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
+    /// What the virtio console prints and takes, until the host's end has it.
+    pub console: Option<GuestEnd>,
+}
 
 impl Devices {
     /// Opens what the devices of `config` need, and registers their counters in `metrics` and what they can be asked in
@@ -68,15 +77,22 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
+        let mut console = None;
+        if *config.console_end() != HostEnd::Null {
+            let (device, end) = GuestEnd::virtio(metrics).map_err(DeviceError::Console)?;
+            controls.add(end.control())?;
+            devices.push(Box::new(device));
+            console = Some(end);
+        }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self(virtio_slots().zip(devices).collect()))
+        Ok(Self { all: virtio_slots().zip(devices).collect(), console })
     }
 
     /// Where they are.
     pub(super) fn slots(&self) -> Vec<VirtioSlot> {
-        self.0.iter().map(|(slot, _)| *slot).collect()
+        self.all.iter().map(|(slot, _)| *slot).collect()
     }
 
     /// Gives each its interrupt, its notifications and its place on the bus.
@@ -91,7 +107,7 @@ impl Devices {
         bus: &mut Bus,
         kept: &mut Kept,
     ) -> Result<(), DeviceError> {
-        for (slot, device) in self.0 {
+        for (slot, device) in self.all {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));

@@ -29,7 +29,7 @@ pub(super) const PAUSE_BOUND: Duration = Duration::from_secs(2);
 pub(super) struct Machine {
     pub vcpus: Vec<VcpuThread>,
     pub devices: DeviceControls,
-    pub console: Option<Arc<ConsoleOutput>>,
+    pub consoles: Vec<Arc<ConsoleOutput>>,
     pub state: Arc<StateCell>,
     pub pauses: Counter,
     pause: Pause,
@@ -50,12 +50,12 @@ impl Machine {
     /// Its vCPU threads are still to come: they start once the process is confined.
     pub(super) fn new(
         devices: DeviceControls,
-        console: Option<Arc<ConsoleOutput>>,
+        consoles: Vec<Arc<ConsoleOutput>>,
         state: Arc<StateCell>,
         pauses: Counter,
     ) -> Self {
         let vcpus = Vec::new();
-        Self { vcpus, devices, console, state, pauses, pause: Pause::default(), stopping: Vec::new() }
+        Self { vcpus, devices, consoles, state, pauses, pause: Pause::default(), stopping: Vec::new() }
     }
 
     /// Answers a request, now or when it is done. A stop is put into `end`.
@@ -108,9 +108,7 @@ impl Machine {
         self.pause.number += 1;
         self.pause.missing = self.vcpus.len();
         self.pause.deadline = Some(Instant::now() + PAUSE_BOUND);
-        if let Some(console) = &self.console {
-            console.let_vcpus_leave(true);
-        }
+        self.consoles.iter().for_each(|console| console.let_vcpus_leave(true));
         self.vcpus.iter().for_each(|v| v.pause(self.pause.number));
     }
 
@@ -142,9 +140,7 @@ impl Machine {
 
     fn end_pause(&mut self, change: Change) {
         self.pause.deadline = None;
-        if let Some(console) = &self.console {
-            console.let_vcpus_leave(false);
-        }
+        self.consoles.iter().for_each(|console| console.let_vcpus_leave(false));
         let to = self.state.get().after(change).unwrap_or(State::Stopped);
         self.state.set(to);
         for waiting in self.pause.waiting.drain(..) {
@@ -159,9 +155,7 @@ impl Machine {
         // Dropped without an answer: whoever waits learns that the VM is ending.
         self.pause.waiting.clear();
         self.vcpus.iter().for_each(VcpuThread::stop);
-        if let Some(console) = &self.console {
-            console.close();
-        }
+        self.consoles.iter().for_each(|console| console.close());
     }
 
     /// Waits for the vCPUs' ends, but not after `deadline`, and says how many hang.

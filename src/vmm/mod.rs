@@ -35,7 +35,7 @@ pub struct Vmm {
     reports: Reports,
     machine: machine::Machine,
     events: run::EventSources,
-    console: Option<console::Console>,
+    consoles: Vec<console::Console>,
     timeline: Arc<Timeline>,
     metrics: Arc<Registry>,
     vm: Vm,

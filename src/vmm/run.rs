@@ -18,11 +18,11 @@ use crate::devices::DeviceControls;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
-use crate::sys::signals::EndSignals;
+use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
 use super::builder::new_event;
-use super::console::ConsoleEvents;
+use super::console::{Console, ConsoleEvents, TerminalSize, finish_all};
 use super::machine::Machine;
 use super::request::Envelope;
 use super::{End, Vmm};
@@ -61,9 +61,9 @@ impl EndSlot {
     }
 }
 
-/// What the event loop listens to beside the console: vCPUs, requests, a signal, the time limit.
+/// What the event loop listens to beside the consoles: vCPUs, requests, signals, the time limit.
 pub(super) struct EventSources {
-    signals: EndSignals,
+    signals: Signals,
     timer: Option<TimerFd>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
@@ -72,7 +72,7 @@ pub(super) struct EventSources {
 }
 
 impl EventSources {
-    /// Blocks the ending signals: called before any thread is started.
+    /// Blocks the signals: called before any thread is started.
     pub(super) fn new(timeout: Option<Duration>) -> io::Result<Self> {
         let timer = timeout.map(|t| {
             let mut timer = TimerFd::new()?;
@@ -80,7 +80,7 @@ impl EventSources {
             Ok::<_, vmm_sys_util::errno::Error>(timer)
         });
         let timer = timer.transpose().map_err(io::Error::from)?;
-        let (signals, wake) = (EndSignals::new()?, new_event()?);
+        let (signals, wake) = (Signals::new()?, new_event()?);
         Ok(Self { signals, timer, wake, vcpu_events: None, requests: mpsc::channel(), jobs: None })
     }
 
@@ -121,6 +121,7 @@ struct VmEvents {
     machine: Rc<RefCell<Machine>>,
     end: EndSlot,
     confined: Confined,
+    terminal_size: Option<TerminalSize>,
 }
 
 impl VmEvents {
@@ -162,8 +163,12 @@ impl MutEventSubscriber for VmEvents {
             self.end.set(End::Timeout);
         } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
             jobs.run_all(self.confined);
-        } else if let Some(number) = sources.signals.take() {
-            self.end.set(End::Signal(number));
+        } else {
+            match sources.signals.take() {
+                Some(Signal::End(number)) => self.end.set(End::Signal(number)),
+                Some(Signal::Resize) => self.terminal_size.iter().for_each(TerminalSize::update),
+                None => {}
+            }
         }
     }
 }
@@ -198,9 +203,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let confined = vmm.layers.confine_process(&vmm.kept, &folders)?;
     let vcpus = vmm.vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, vmm.reports.clone(), confined));
     vmm.machine.vcpus = vcpus.collect::<Result<_, _>>()?;
-    if let Some(console) = &mut vmm.console {
-        console.start_writer(confined)?;
-    }
+    vmm.consoles.iter_mut().try_for_each(|console| console.start_writer(confined))?;
     // Dropped last of all: what they ask the VM is answered, or refused, before they are waited for.
     let services = vmm.services.into_iter().map(|s| s.start(confined));
     let _services = services.collect::<Result<Vec<_>, _>>()?;
@@ -209,16 +212,16 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let failed = RunError::Loop;
     let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-    let events = VmEvents { sources: vmm.events, machine: machine.clone(), end: end.clone(), confined };
+    let (sources, terminal_size) = (vmm.events, vmm.consoles.iter().find_map(Console::size));
+    let events = VmEvents { sources, machine: machine.clone(), end: end.clone(), confined, terminal_size };
     manager.add_subscriber(Box::new(events));
-    // The console is taken back at the end, for the guest's last words.
-    let console = vmm.console.take().map(|mut console| {
+    // The consoles are taken back at the end, for the guest's last words.
+    let mut consoles = Vec::new();
+    for mut console in vmm.consoles {
         console.enter_raw_mode().map_err(RunError::Terminal)?;
-        Ok::<_, RunError>(Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() })))
-    });
-    let console = console.transpose()?;
-    if let Some(console) = &console {
+        let console = Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() }));
         manager.add_subscriber(Box::new(console.clone()));
+        consoles.push(console);
     }
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
     confined.confine_thread(ThreadKind::Vmm)?;
@@ -246,9 +249,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     // With it goes what devices wanted done: a vCPU that waits for that waits no longer.
     drop(manager);
     let stuck = machine.join(Instant::now() + STOP_BOUND);
-    if let Some(console) = console.and_then(Rc::into_inner) {
-        console.into_inner().console.finish();
-    }
+    finish_all(consoles.into_iter().filter_map(Rc::into_inner).map(|events| events.into_inner().console));
     vmm.timeline.unwatch();
     let metrics = vmm.metrics.finish();
     machine.devices = DeviceControls::default();
