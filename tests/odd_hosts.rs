@@ -7,7 +7,7 @@ use std::ffi::c_int;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Host, SPIN, assert_fails, in_child, out, own_session, power_off, print, stderr, terminal};
