@@ -70,7 +70,9 @@ impl Devices {
             devices.push(Box::new(rng));
         }
         for (place, disk) in config.disks.iter().enumerate() {
-            devices.push(Box::new(Block::open(disk, place, config.cpus)?));
+            let block = Block::open(disk, place, config.cpus, metrics)?;
+            controls.add(block.control())?;
+            devices.push(Box::new(block));
         }
         if let Some(balloon) = &config.balloon {
             let balloon = Balloon::new(balloon, config.memory.size);

@@ -4,6 +4,7 @@
 //! Each queue has a thread of its own (`worker.rs`), which has io_uring or a pool of threads do the work (`engine.rs`),
 //! so that a slow disk holds up neither vCPUs nor other devices.
 
+mod control;
 mod counters;
 mod engine;
 mod image;
@@ -13,15 +14,16 @@ mod tests;
 mod worker;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DiskConfig, DiskEngine};
-use crate::devices::rate_limiter::RateLimiter;
+use crate::devices::DeviceControl;
 use crate::devices::timer::Timer;
+use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
@@ -118,24 +120,25 @@ pub struct Block {
 }
 
 impl Block {
-    /// Opens and locks the image of `config` for a VM with so many vCPUs. `place`: its number among disks.
+    /// Opens and locks the image of `config` for a VM with so many vCPUs, and counts in `metrics`. `place`: its number
+    /// among disks.
     ///
     /// # Errors
     /// The image cannot be used, or the host is short of something.
-    pub fn open(config: &DiskConfig, place: usize, cpus: u32) -> Result<Self, BlockError> {
+    pub fn open(
+        config: &DiskConfig,
+        place: usize,
+        cpus: u32,
+        metrics: &Registry,
+    ) -> Result<Self, BlockError> {
         let image = Image::open(config)?;
         let host = |source| BlockError::Host { path: config.path.clone(), source };
         let uring = use_uring(config)?;
         let queues = cpus.clamp(1, MAX_QUEUES) as usize;
         let parts = (0..queues).map(|_| QueueParts::new(uring).map(Some)).collect::<Result<_, _>>();
-        let shared = Shared {
-            id: config.name(place),
-            image,
-            limiter: Mutex::new(RateLimiter::new(config.iops, config.bandwidth.map(|b| b.0))),
-            counters: Arc::default(),
-            writeback: AtomicBool::new(true),
-            complained: AtomicBool::new(false),
-        };
+        let id = config.name(place);
+        let counters = BlockCounters::new(&metrics.group(&[("device", &id)]));
+        let shared = Shared::new(id, image, counters, (config.iops, config.bandwidth.map(|b| b.0)));
         Ok(Self {
             shared: Arc::new(shared),
             uring,
@@ -148,8 +151,14 @@ impl Block {
 
     /// What it has done so far.
     #[must_use]
-    pub fn counters(&self) -> Arc<BlockCounters> {
+    pub fn counters(&self) -> BlockCounters {
         self.shared.counters.clone()
+    }
+
+    /// It in the list of devices: its limits can be changed.
+    #[must_use]
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        Box::new(control::BlockControl(self.shared.clone()))
     }
 
     fn config_space(&self) -> [u8; CONFIG_LEN] {
@@ -195,6 +204,7 @@ impl Block {
             done: parts.done,
             timer: parts.timer,
         });
+        self.shared.limits_change_for(worker.queue.notify.clone());
         self.workers.push(Worker::start(&name, activation.confined, worker)?);
         Ok(())
     }
@@ -300,6 +310,7 @@ impl VirtioDevice for Block {
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
+        self.shared.forget_queues();
         let mut queues = Vec::new();
         for worker in self.workers.drain(..) {
             let Some(worker) = worker.stop() else { continue };
