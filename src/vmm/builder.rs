@@ -33,7 +33,7 @@ use super::Vmm;
 use super::boot_files::{BootFileError, BootFiles};
 use super::console::{Console, ConsoleError, GuestEnd};
 use super::devices::{DeviceError, Devices};
-use super::machine::Machine;
+use super::machine::{Machine, MachineParts};
 use super::run::EventSources;
 use super::state::StateCell;
 
@@ -160,7 +160,7 @@ pub fn build(
     }
     let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
     let mut mmio = Bus::default();
-    devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
+    let threads = devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
     let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
     let count = timeline.is_on() || metrics.is_full();
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, count)?;
@@ -179,7 +179,8 @@ pub fn build(
     let state = Arc::new(StateCell::new());
     let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
     let outputs = consoles.iter().map(Console::output).collect();
-    let machine = Machine::new(controls, outputs, state, pauses);
+    let parts = MachineParts { devices: controls, threads, consoles: outputs, state, pauses };
+    let machine = Machine::new(parts);
     let services = Vec::new();
     Ok(Vmm {
         vcpus,

@@ -1,6 +1,7 @@
 //! The virtio devices of a VM: made from the configuration, and connected to the guest.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvm_ioctls::IoEventAddress;
 use thiserror::Error;
@@ -13,6 +14,7 @@ use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
+    WorkerControl,
 };
 use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::Registry;
@@ -97,7 +99,7 @@ impl Devices {
         self.all.iter().map(|(slot, _)| *slot).collect()
     }
 
-    /// Gives each its interrupt, its notifications and its place on the bus.
+    /// Gives each its interrupt, its notifications and its place on the bus, and returns the way to pause all.
     ///
     /// # Errors
     /// KVM refuses.
@@ -108,7 +110,8 @@ impl Devices {
         vmm: &VmmThread,
         bus: &mut Bus,
         kept: &mut Kept,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<DeviceThreads, DeviceError> {
+        let mut threads = DeviceThreads::default();
         for (slot, device) in self.all {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
@@ -126,8 +129,44 @@ impl Devices {
                 device,
             };
             let registers = Arc::new(Mutex::new(MmioTransport::new(Transport::new(parts))));
+            threads.transports.push(registers.clone());
             bus.insert("a virtio device", slot.address, VIRTIO_MMIO_LEN, registers)?;
         }
-        Ok(())
+        Ok(threads)
+    }
+}
+
+/// The threads of all virtio devices.
+#[derive(Default)]
+pub(super) struct DeviceThreads {
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+    paused: Vec<WorkerControl>,
+}
+
+impl DeviceThreads {
+    /// Has all of them finish what is under way and stop, by `deadline`: when this says so, no device touches guest
+    /// memory. No vCPU runs, so no device starts or ends meanwhile, and none is locked.
+    ///
+    /// # Errors
+    /// The name of one that still works; all go on.
+    pub(super) fn pause(&mut self, deadline: Instant) -> Result<(), String> {
+        let workers =
+            |t: &Arc<Mutex<MmioTransport>>| t.lock().unwrap_or_else(PoisonError::into_inner).workers();
+        self.paused = self.transports.iter().flat_map(workers).collect();
+        // All at once: the time is that of the slowest.
+        self.paused.iter().for_each(WorkerControl::ask_to_pause);
+        match self.paused.iter().find(|worker| !worker.is_paused_by(deadline)) {
+            None => Ok(()),
+            Some(worker) => {
+                let name = worker.name().to_string();
+                self.resume();
+                Err(name)
+            }
+        }
+    }
+
+    /// Lets those go on that were paused.
+    pub(super) fn resume(&mut self) {
+        self.paused.drain(..).for_each(|worker| worker.resume());
     }
 }

@@ -60,6 +60,6 @@ impl Vmm {
     #[must_use]
     pub fn handle(&self) -> VmHandle {
         let (requests, wake) = self.events.for_requests();
-        VmHandle { requests, wake, state: self.machine.state.clone(), metrics: self.metrics.clone() }
+        VmHandle { requests, wake, state: self.machine.parts.state.clone(), metrics: self.metrics.clone() }
     }
 }

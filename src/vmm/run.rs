@@ -23,6 +23,7 @@ use crate::vcpu::{VcpuEvent, VcpuThread};
 
 use super::builder::new_event;
 use super::console::{Console, ConsoleEvents, TerminalSize, finish_all};
+use super::devices::DeviceThreads;
 use super::machine::Machine;
 use super::request::Envelope;
 use super::{End, Vmm};
@@ -252,7 +253,8 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     finish_all(consoles.into_iter().filter_map(Rc::into_inner).map(|events| events.into_inner().console));
     vmm.timeline.unwatch();
     let metrics = vmm.metrics.finish();
-    machine.devices = DeviceControls::default();
+    machine.parts.devices = DeviceControls::default();
+    machine.parts.threads = DeviceThreads::default();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
     if stuck == 0 { reason.map(|end| Ended { end, metrics }) } else { Err(RunError::Stuck) }

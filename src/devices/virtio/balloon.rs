@@ -17,8 +17,8 @@ use crate::config::{BalloonConfig, Size};
 use crate::devices::DeviceControl;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, VirtioDevice, Worker, read_config_space,
-    take_queue,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, VirtioDevice, Worker, WorkerControl,
+    read_config_space, take_queue,
 };
 
 pub use handle::{BalloonHandle, BalloonStats, BalloonStatus, TargetTooLarge};
@@ -140,6 +140,10 @@ impl VirtioDevice for Balloon {
         self.worker =
             Some(Worker::start(NAME, activation.confined, worker).inspect_err(|_| self.handle.stop())?);
         Ok(())
+    }
+
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.worker.iter().map(Worker::control).collect()
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {

@@ -21,7 +21,7 @@ use crate::vm::Memory;
 
 use super::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, QueueError, Served, VirtioDevice,
-    Worker, read_config_space, take_queue,
+    Worker, WorkerControl, read_config_space, take_queue,
 };
 
 /// `VIRTIO_CONSOLE_F_SIZE` (§5.3.3).
@@ -220,6 +220,10 @@ impl VirtioDevice for Console {
         self.worker = Some(Worker::start(NAME, activation.confined, worker)?);
         *lock(&self.port.0.driver) = Some(activation.interrupt);
         Ok(())
+    }
+
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.worker.iter().map(Worker::control).collect()
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {

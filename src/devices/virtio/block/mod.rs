@@ -28,7 +28,10 @@ use crate::sandbox::Kept;
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
-use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, WorkerControl,
+    read_config_space,
+};
 use engine::{Engine, Pool};
 use image::Image;
 use worker::{BlockWorker, Shared, WorkerParts};
@@ -307,6 +310,10 @@ impl VirtioDevice for Block {
             }
         }
         Ok(())
+    }
+
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.workers.iter().map(Worker::control).collect()
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {

@@ -459,7 +459,7 @@ impl Served for BlockWorker {
     }
 
     /// Waits for what is under way: afterwards nothing reaches guest memory any more.
-    fn stop(&mut self) {
+    fn drain(&mut self) {
         while self.in_flight > 0 {
             self.engine.wait();
             if let Err(e) = self.give_back() {
