@@ -95,6 +95,40 @@ fn block() {
     }
 }
 
+/// What a disk's threads, or the kernel, still do when its own thread has nothing more to do.
+#[test]
+fn reads_under_way_are_waited_for() {
+    const LEN: usize = 4 << 20;
+    const REQUESTS: u64 = 80;
+    for engine in ["uring", "threads"] {
+        let mut file = NamedTempFile::new().unwrap();
+        (0..8).for_each(|i| file.write_all(&vec![i; LEN]).unwrap());
+        let options = format!("{},engine={engine}", file.path().display());
+        let config = DiskConfig::parse(options.as_ref()).unwrap();
+        let Ok(block) = Block::open(&config, 0, 1, &Registry::default()) else { continue };
+        let mut driver = Driver::start(Box::new(block), &[256]);
+        let (data, status) = (driver.buffer(LEN as u32), driver.buffer(1));
+        // All into one buffer, each something else: it changes for as long as anybody reads.
+        for i in 0..REQUESTS {
+            let sector = (i % 8) * (LEN as u64 / 512);
+            let header = driver.filled(&[&[0; 8][..], &sector.to_le_bytes()].concat());
+            driver.post(0, &[header], &[data, status]);
+        }
+        driver.notify(0);
+        driver.wait("it does not begin", |d| (d.bytes((data.0, 1))[0] != 0xaa).then_some(()));
+        pause(&driver);
+        // It takes all that is there at a time, so all was under way.
+        let ended = (0..REQUESTS).take_while(|_| driver.try_used(0).is_some()).count() as u64;
+        assert_eq!(ended, REQUESTS, "{engine}: some are still under way");
+        let before = memory(&driver);
+        let begin = Instant::now();
+        while begin.elapsed() < WHILE {
+            std::thread::yield_now();
+        }
+        assert!(memory(&driver) == before, "{engine}: a paused disk has written guest memory");
+    }
+}
+
 #[test]
 fn console() {
     for queue in [0, 1] {
