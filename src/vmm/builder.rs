@@ -7,7 +7,6 @@ use std::thread;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
 use crate::arch::x86_64::cmdline::{
@@ -330,9 +329,4 @@ fn make_vcpus(
         vcpus.push(vcpu);
     }
     Ok(vcpus)
-}
-
-/// An event descriptor for the event loop.
-pub(super) fn new_event() -> io::Result<Arc<EventFd>> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new)
 }

@@ -11,17 +11,17 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
 use crate::devices::DeviceControls;
+use crate::devices::timer::Timer;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
+use crate::sys::event::new_event;
 use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
-use super::builder::new_event;
 use super::console::{Console, ConsoleEvents, TerminalSize, finish_all};
 use super::devices::DeviceThreads;
 use super::machine::Machine;
@@ -65,7 +65,7 @@ impl EndSlot {
 /// What the event loop listens to beside the consoles: vCPUs, requests, signals, the time limit.
 pub(super) struct EventSources {
     signals: Signals,
-    timer: Option<TimerFd>,
+    timer: Option<Timer>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
     requests: (Sender<Envelope>, Receiver<Envelope>),
@@ -76,12 +76,12 @@ impl EventSources {
     /// Blocks the signals: called before any thread is started.
     pub(super) fn new(timeout: Option<Duration>) -> io::Result<Self> {
         let timer = timeout.map(|t| {
-            let mut timer = TimerFd::new()?;
-            timer.reset(t, None)?;
-            Ok::<_, vmm_sys_util::errno::Error>(timer)
+            let timer = Timer::new()?;
+            timer.set(t)?;
+            Ok::<_, io::Error>(timer)
         });
-        let timer = timer.transpose().map_err(io::Error::from)?;
-        let (signals, wake) = (Signals::new()?, new_event()?);
+        let timer = timer.transpose()?;
+        let (signals, wake) = (Signals::new()?, Arc::new(new_event()?));
         Ok(Self { signals, timer, wake, vcpu_events: None, requests: mpsc::channel(), jobs: None })
     }
 

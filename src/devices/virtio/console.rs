@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::devices::legacy::ConsoleOutput;
 use crate::metrics::Counter;
 use crate::sandbox::Kept;
+use crate::sys::event::new_event;
 use crate::vm::Memory;
 
 use super::{
@@ -162,7 +163,7 @@ impl Console {
     ) -> io::Result<Self> {
         let shared = Shared {
             input: Mutex::default(),
-            filled: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            filled: new_event()?,
             drained,
             // What a terminal has that says nothing.
             size: AtomicU32::new(80 | 25 << 16),

@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sys::event::new_event;
+
 /// The way to pause a device's thread from another one. Clones control the same thread.
 #[derive(Clone)]
 pub struct WorkerControl(Arc<Shared>);
@@ -41,7 +43,7 @@ impl WorkerControl {
     pub(super) fn new(name: &str) -> io::Result<Self> {
         Ok(Self(Arc::new(Shared {
             name: name.into(),
-            wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            wake: new_event()?,
             phase: Mutex::new(Phase::Serving),
             changed: Condvar::new(),
         })))

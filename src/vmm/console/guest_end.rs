@@ -13,9 +13,9 @@ use crate::devices::legacy::{ConsoleOutput, SerialInput, serial_port};
 use crate::devices::virtio::console::{Console as VirtioConsole, ConsoleCounters, ConsolePort};
 use crate::metrics::{Counter, Metric, Registry};
 use crate::sandbox::Kept;
+use crate::sys::event::new_event;
 use crate::vm::Vm;
 
-use super::super::builder::new_event;
 use super::ConsoleError;
 
 /// The serial port's name in the list of devices.
@@ -79,7 +79,7 @@ impl GuestEnd {
     ) -> Result<Self, ConsoleError> {
         let counters = metrics.group(&[("device", SERIAL_ID)]);
         let output = Arc::new(ConsoleOutput::new(counters.counter(SERIAL_OUTPUT)));
-        let drained = new_event()?;
+        let drained = Arc::new(new_event()?);
         let interrupt = vm.irqfd(SERIAL_GSI)?;
         kept.add("the serial port's interrupt", &interrupt);
         let (device, input) = serial_port(interrupt, output.clone(), drained.clone());
@@ -95,7 +95,7 @@ impl GuestEnd {
     pub fn virtio(metrics: &Registry) -> io::Result<(VirtioConsole, Self)> {
         let counters = metrics.group(&[("device", VirtioConsole::ID)]);
         let output = Arc::new(ConsoleOutput::new(counters.counter(CONSOLE_OUTPUT)));
-        let (drained, received) = (new_event()?, counters.counter(CONSOLE_INPUT));
+        let (drained, received) = (Arc::new(new_event()?), counters.counter(CONSOLE_INPUT));
         let device_counters = ConsoleCounters { dropped: counters.counter(CONSOLE_DROPPED) };
         let device = VirtioConsole::new(output.clone(), drained.clone(), device_counters)?;
         let port = Port::Virtio(device.port());

@@ -25,6 +25,7 @@ use crate::devices::DeviceControl;
 use crate::devices::timer::Timer;
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
+use crate::sys::event::new_event;
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
@@ -104,7 +105,7 @@ struct QueueParts {
 
 impl QueueParts {
     fn new(uring: bool) -> io::Result<Self> {
-        let done = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let done = Arc::new(new_event()?);
         let ring = if uring { Some(Ring::new(QUEUE_SIZE, &done)?) } else { None };
         Ok(Self { ring, done, timer: Timer::new()? })
     }
@@ -188,9 +189,12 @@ impl Block {
 
     fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
         let index = usize::from(queue.index);
-        // Lost only with a thread that panicked.
-        let parts = self.parts.get_mut(index).and_then(Option::take);
-        let parts = parts.map_or_else(|| QueueParts::new(self.uring), Ok)?;
+        let parts = match self.parts.get_mut(index).and_then(Option::take) {
+            Some(parts) => parts,
+            // Lost with a thread that panicked or could not be started. A confined process makes no new ring.
+            None if self.uring => return Err(io::Error::other("its io_uring is gone").into()),
+            None => QueueParts::new(false)?,
+        };
         let engine = match (parts.ring, &self.pool) {
             (Some(ring), _) => Engine::Uring(Box::new(ring)),
             (None, Some(pool)) => pool.client(parts.done.clone()).map(Engine::Threads).ok_or_else(no_pool)?,

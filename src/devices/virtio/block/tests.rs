@@ -372,6 +372,21 @@ fn limits_hold() {
     assert!(begin.elapsed() >= Duration::from_millis(99));
 }
 
+/// What a queue had goes with a thread that panicked, and a confined process cannot make all of it anew.
+#[test]
+fn a_queue_whose_ring_is_lost_asks_for_a_reset() {
+    for (engine, status) in [(",engine=uring", 15 | 64), (",engine=threads", 15)] {
+        let file = image(512);
+        let Ok(mut block) = Block::open(&config(&file, engine), 0, 1, &Registry::default()) else { continue };
+        block.parts[0] = None;
+        let mut driver = Driver::new(Box::new(block));
+        driver.negotiate(u64::MAX);
+        driver.set_up_queue(0, 16);
+        driver.write(0x70, 15);
+        assert_eq!(driver.read(0x70), status, "{engine}");
+    }
+}
+
 #[test]
 fn limits_change_while_a_request_waits() {
     let file = image(SECTORS * SECTOR);
