@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Host, SPIN, assert_fails, power_off, print, smp, stderr, stdout};
+use common::{Host, SPIN, assert_fails, own_stderr, power_off, print, smp, stderr, stdout};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -471,7 +471,7 @@ fn a_socket_can_be_anywhere_but_over_something_else() {
     let output = station.boot(&power_off(), &["--control", "none/vm.sock"]).output().unwrap();
     assert_fails(&output, 1, &["none/vm.sock", "No such file"]);
     let output = station.boot(&power_off(), &["--control", "none"]).output().unwrap();
-    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+    assert_eq!((output.status.code(), own_stderr(&output)), (Some(0), String::new()));
     assert!(!station.run_dir().join("microvm").exists(), "none asks for no folder");
 }
 
