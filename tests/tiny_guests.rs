@@ -345,7 +345,7 @@ fn a_guest_that_babbles_harms_only_itself() {
         let flags =
             ["--timeout", "1s", "--serial", "file=console", "--exit-code-port", "0xf4", "--timeline=json"];
         let output = host.boot(&host.kernel(&babble(seed)), &flags).output().unwrap();
-        let text = stderr(&output);
+        let text = own_stderr(&output);
         // It may happen upon the reset line or upset itself; microvm must end in one of its documented ways.
         assert!(matches!(output.status.code(), Some(0..=127)), "{seed:#x}: {:?} {text}", output.status);
         let timeline =
