@@ -41,6 +41,7 @@ Examples:
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
   microvm boot --kernel vmlinux --disk root.img --root --disk data.img,readonly
+  microvm boot --kernel vmlinux --initrd initramfs.cpio --console stdio   # hvc0, as wide as the terminal
   microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 

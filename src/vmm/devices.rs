@@ -170,3 +170,83 @@ impl DeviceThreads {
         self.paused.drain(..).for_each(|worker| worker.resume());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, RawFd};
+    use std::sync::mpsc::{self, Receiver};
+    use std::time::Duration;
+
+    use vmm_sys_util::epoll::{Epoll, EventSet};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::devices::virtio::testing::Driver;
+    use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, DeviceKind, Served, Worker};
+    use crate::sys::event::new_event;
+
+    /// A device with a host that answers late.
+    struct Slow {
+        host: Option<Receiver<()>>,
+        worker: Option<Worker<SlowWorker>>,
+    }
+
+    struct SlowWorker {
+        event: EventFd,
+        host: Receiver<()>,
+    }
+
+    impl Served for SlowWorker {
+        fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
+            vec![(self.event.as_raw_fd(), EventSet::IN, 0)]
+        }
+        fn event(&mut self, _token: u64, _ready: EventSet, _epoll: &Epoll) {}
+        fn drain(&mut self) {
+            let _ = self.host.recv();
+        }
+    }
+
+    impl VirtioDevice for Slow {
+        fn kind(&self) -> DeviceKind {
+            DeviceKind::Block
+        }
+        fn id(&self) -> &str {
+            "slow"
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[16]
+        }
+        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+        fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+            let host = self.host.take().ok_or(ActivateError::QueueMissing(0))?;
+            let worker = SlowWorker { event: new_event()?, host };
+            self.worker = Some(Worker::start("slow", activation.confined, worker)?);
+            Ok(())
+        }
+        fn workers(&self) -> Vec<WorkerControl> {
+            self.worker.iter().map(Worker::control).collect()
+        }
+        fn quiesce(&mut self) -> Vec<ActiveQueue> {
+            self.worker.take().and_then(Worker::stop);
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_ready_in_time_is_named_and_all_go_on() {
+        let (answer, host) = mpsc::channel();
+        let driver = Driver::start(Box::new(Slow { host: Some(host), worker: None }), &[16]);
+        // One that no driver has found has nothing to pause.
+        let idle = Driver::new(Box::new(Slow { host: None, worker: None }));
+        let transports = [idle, driver].map(|d| Arc::new(Mutex::new(d.mmio))).to_vec();
+        let mut threads = DeviceThreads { transports, paused: Vec::new() };
+        assert_eq!(threads.pause(Instant::now() + Duration::from_millis(20)), Err("slow".into()));
+        // Its host answers from now on.
+        drop(answer);
+        assert_eq!(threads.pause(Instant::now() + Duration::from_secs(10)), Ok(()));
+        threads.resume();
+    }
+}
