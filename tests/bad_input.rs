@@ -239,6 +239,7 @@ fn empty_paths_in_json() {
     for (json, words) in [
         (r#"{"kernel": {"path": ""}}"#, "kernel.path"),
         (r#"{"kernel": {"path": "k"}, "serial": {"file": ""}}"#, "serial.file"),
+        (r#"{"kernel": {"path": "k"}, "console": {"file": ""}}"#, "console.file"),
     ] {
         host.file("vm.json", json.as_bytes());
         assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);
@@ -272,6 +273,10 @@ fn usage_that_is_wrong() {
     for (flags, words) in [
         (&["--serial", "file="][..], &["--serial", "stdio, null and file=PATH"][..]),
         (&["--serial", "tcp"], &["--serial"]),
+        (&["--console", "file="], &["--console", "stdio, null and file=PATH"]),
+        (&["--console", "hvc0"], &["--console"]),
+        (&["--console", "stdio", "--serial", "stdio"], &["--console stdio", "null or file=PATH"]),
+        (&["--console", "file=log", "--serial", "file=log"], &["--console file=log", "another path"]),
         (&["--timeout", "soon"], &["--timeout"]),
         (&["--timeout", "0s"], &["--timeout"]),
         (&["--timeout", "1M"], &["--timeout", "months"]),
@@ -302,8 +307,12 @@ fn a_status_port_that_is_taken() {
 fn an_output_file_that_cannot_be() {
     let host = Host::new();
     let kernel = host.kernel(&power_off());
-    let output = host.boot(&kernel, &["--serial", "file=/nonexistent/log"]).output().unwrap();
-    assert_fails(&output, 1, &["--serial", "/nonexistent/log"]);
+    for flag in ["--serial", "--console"] {
+        let output = host.boot(&kernel, &[flag, "file=/nonexistent/log"]).output().unwrap();
+        assert_fails(&output, 1, &[flag, "/nonexistent/log"]);
+        let output = host.boot(&kernel, &[flag, "file=vmlinux"]).output().unwrap();
+        assert_fails(&output, 1, &[flag, "is the kernel"]);
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Host, SPIN, assert_fails, power_off, print, smp, stderr, stdout};
+use common::{Host, SPIN, assert_fails, own_stderr, power_off, print, smp, stderr, stdout};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -471,7 +471,7 @@ fn a_socket_can_be_anywhere_but_over_something_else() {
     let output = station.boot(&power_off(), &["--control", "none/vm.sock"]).output().unwrap();
     assert_fails(&output, 1, &["none/vm.sock", "No such file"]);
     let output = station.boot(&power_off(), &["--control", "none"]).output().unwrap();
-    assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
+    assert_eq!((output.status.code(), own_stderr(&output)), (Some(0), String::new()));
     assert!(!station.run_dir().join("microvm").exists(), "none asks for no folder");
 }
 
@@ -549,6 +549,36 @@ fn ctl_speaks_for_people_and_for_programs() {
     let json: Value = serde_json::from_str(&text(&["ctl", "a", "stats", "--format", "json"])).unwrap();
     assert_eq!(json["schema"], "microvm.metrics/1");
     vm.assert_serves();
+}
+
+#[test]
+fn a_disks_limits_change_while_it_runs() {
+    let station = Station::new();
+    station.host.file("disk.img", &[0; 64 << 10]);
+    let code = [print("u"), SPIN.to_vec()].concat();
+    let vm = station.start("a", &code, &["--disk", "disk.img,id=data,iops=10", "--console", "file=hvc0"]);
+    let device = |changes: &[&str]| station.run(&[&["ctl", "a", "device", "data"], changes].concat());
+    let shown = stdout(&device(&[]));
+    for line in ["state.iops", "10", "state.size", "64K", "counters.microvm_disk_reads_total", "0"] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    let output = device(&["iops=500", "bandwidth=1M"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let state = || vm.ask("GET", "/devices/data", None).1["state"].clone();
+    let expected = json!({ "size": "64K", "readonly": false, "iops": 500, "bandwidth": "1M" });
+    assert_eq!(state(), expected);
+    assert_fails(&device(&["iops=0"]), 1, &["iops=0", "1 or more"]);
+    assert_fails(&device(&["iops=5", "speed=1"]), 1, &["unknown field `speed`"]);
+    assert_eq!(state(), expected, "a refused request changed something");
+    assert_eq!(device(&["iops=null", "bandwidth=null"]).status.code(), Some(0));
+    assert_eq!((&state()["iops"], &state()["bandwidth"]), (&Value::Null, &Value::Null));
+    // Devices stand in the order of the guest's.
+    let devices = stdout(&station.run(&["ctl", "a", "devices"]));
+    assert_eq!(devices, "rng   rng\ndata  block\nhvc0  console\ncom1  serial\n");
+    let console = vm.ask("GET", "/devices/hvc0", None).1;
+    let state = json!({ "unwritten_bytes": 0, "active": false, "columns": 80, "rows": 25 });
+    assert_eq!(console["state"], state, "{console}");
+    assert_eq!(console["counters"]["microvm_console_dropped_bytes_total"], 0);
 }
 
 #[test]

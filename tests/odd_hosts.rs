@@ -4,21 +4,13 @@
 mod common;
 
 use std::ffi::c_int;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Host, SPIN, assert_fails, out, power_off, print, stderr};
-
-/// Runs `setup` in the child between fork and exec.
-fn in_child(command: &mut Command, setup: fn() -> c_int) -> &mut Command {
-    let checked = move || if setup() < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) };
-    // SAFETY: each `setup` below makes system calls alone, which is all that is allowed after fork.
-    unsafe { command.pre_exec(checked) }
-}
+use common::{Host, SPIN, assert_fails, in_child, out, own_session, power_off, print, stderr, terminal};
 
 /// Prints without end, faster than any reader: `rep outsb` of 1 KiB, again and again.
 fn endless() -> Vec<u8> {
@@ -39,28 +31,6 @@ fn ends_in_time(mut child: Child) -> Option<i32> {
     }
     child.kill().unwrap();
     panic!("microvm hangs");
-}
-
-/// A pseudo terminal: our side, and the program's.
-fn terminal() -> (File, OwnedFd) {
-    let (mut ours, mut theirs) = (-1, -1);
-    let name = std::ptr::null_mut();
-    // SAFETY: both integers are valid for writing; the name, mode and size are not asked for.
-    let failed =
-        unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, std::ptr::null(), std::ptr::null()) };
-    assert_eq!(failed, 0);
-    // SAFETY: open, new, and owned by nobody else.
-    let ours = unsafe { File::from_raw_fd(ours) };
-    // SAFETY: as above.
-    (ours, unsafe { OwnedFd::from_raw_fd(theirs) })
-}
-
-/// A session of its own, with standard input as its terminal.
-fn own_session() -> c_int {
-    // SAFETY: takes no argument.
-    unsafe { libc::setsid() };
-    // SAFETY: the request takes an integer.
-    unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) }
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! Real kernels: Debian's stock ones and the tuned one. They need hardware-grade KVM, so `scripts/test` runs them
 //! with `--ignored` in `scripts/kvm-host`.
 
+#[path = "real/balloon.rs"]
+mod balloon;
 mod common;
+#[path = "real/console.rs"]
+mod console;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

@@ -8,14 +8,14 @@ mod common;
 use std::ffi::{CStr, c_int, c_long};
 use std::fs;
 use std::io::Read;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
-use common::{Host, SPIN, assert_fails, power_off, print, stderr, stdout};
+use common::{Host, SPIN, assert_fails, own_stderr, power_off, print, stderr, stdout, terminal};
 use microvm::config::Sandbox;
 use microvm::sandbox::{Confined, Folder, Kept, Layers, ThreadKind};
 use seccompiler::{
@@ -828,26 +828,11 @@ fn an_emulation_failure_is_told_and_no_violation() {
 /// The run failed with this line; an old host's warning about what it lacks may stand before it.
 #[track_caller]
 fn assert_ends(output: &Output, status: i32, words: &[&str]) {
-    let text = stderr(output);
-    let own: Vec<_> = text.lines().filter(|l| !l.contains("the sandbox goes on without")).collect();
-    assert_eq!((output.status.code(), own.len()), (Some(status), 1), "{text}");
+    let text = own_stderr(output);
+    assert_eq!((output.status.code(), text.lines().count()), (Some(status), 1), "{text}");
     for word in words {
-        assert!(own[0].contains(word), "no {word:?} in: {text}");
+        assert!(text.contains(word), "no {word:?} in: {text}");
     }
-}
-
-/// A pseudo terminal: our side, and the program's.
-fn terminal() -> (OwnedFd, OwnedFd) {
-    let (mut ours, mut theirs) = (-1, -1);
-    let null = std::ptr::null_mut();
-    // SAFETY: both integers are valid for writing; the name, mode and size are not asked for.
-    let failed =
-        unsafe { libc::openpty(&raw mut ours, &raw mut theirs, null, std::ptr::null(), std::ptr::null()) };
-    assert_eq!(failed, 0);
-    // SAFETY: open, new, and owned by nobody else.
-    let ours = unsafe { OwnedFd::from_raw_fd(ours) };
-    // SAFETY: as above.
-    (ours, unsafe { OwnedFd::from_raw_fd(theirs) })
 }
 
 #[test]

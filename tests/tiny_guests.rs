@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{Host, Protocol, SPIN, elf, out, power_off, print, smp, stderr, stdout};
+use common::{Host, Protocol, SPIN, elf, out, own_stderr, power_off, print, smp, stderr, stdout};
 
 /// Status of a guest that runs `code`.
 #[track_caller]
@@ -210,7 +210,7 @@ fn the_serial_port_goes_to_a_file_or_nowhere() {
 fn the_timeline_has_the_guests_marks_in_order() {
     let marks: Vec<u8> = [0xe0, 0x55, 0xe2, 0xe1, 0xe3, 0xe3].iter().flat_map(|m| out(0x80, *m)).collect();
     let output = Host::new().boot_code(&[marks, power_off()].concat(), &["--timeline=json"]);
-    let json: serde_json::Value = serde_json::from_str(&stderr(&output)).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&own_stderr(&output)).unwrap();
     assert_eq!(json["schema"], "microvm.timeline/1");
     let phases = json["phases"].as_array().unwrap();
     let names: Vec<_> = phases.iter().map(|p| p["name"].as_str().unwrap()).collect();
@@ -345,7 +345,7 @@ fn a_guest_that_babbles_harms_only_itself() {
         let flags =
             ["--timeout", "1s", "--serial", "file=console", "--exit-code-port", "0xf4", "--timeline=json"];
         let output = host.boot(&host.kernel(&babble(seed)), &flags).output().unwrap();
-        let text = stderr(&output);
+        let text = own_stderr(&output);
         // It may happen upon the reset line or upset itself; microvm must end in one of its documented ways.
         assert!(matches!(output.status.code(), Some(0..=127)), "{seed:#x}: {:?} {text}", output.status);
         let timeline =

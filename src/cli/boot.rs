@@ -3,7 +3,6 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::config::{
-    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, Load, MemoryConfig, Sandbox, Serial,
+    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig, Sandbox,
     VmConfig,
 };
 use crate::control::{Control, Place};
@@ -42,6 +41,7 @@ Examples:
   microvm boot --kernel bzImage --initrd i.cpio --append 'loglevel=7 -- /bin/sh'
   microvm boot --kernel vmlinux --cpus 4 --memory 4G --serial file=console.log --timeout 1m
   microvm boot --kernel vmlinux --disk root.img --root --disk data.img,readonly
+  microvm boot --kernel vmlinux --initrd initramfs.cpio --console stdio   # hvc0, as wide as the terminal
   microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
@@ -74,9 +74,13 @@ pub struct BootArgs {
     /// Guest memory, as 512M or 4G, with ,hugepages=2M|1G and ,backing=anonymous|memfd behind it [default: 256M]
     #[arg(long, value_name = "SIZE[,OPTION…]")]
     memory: Option<MemoryConfig>,
-    /// The first serial port: stdio, null (none at all), or file=PATH [default: stdio]
-    #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| parse_serial(&text)))]
-    serial: Option<Serial>,
+    /// The first serial port: stdio, null (none at all), or file=PATH [default: stdio, or null with --console stdio]
+    #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| HostEnd::parse(&text)))]
+    serial: Option<HostEnd>,
+    /// A console that moves many bytes at once and knows the terminal's size (virtio-console, hvc0): stdio, null (none
+    /// at all), or file=PATH. The kernel needs its driver built in, or an init that loads it [default: null]
+    #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| HostEnd::parse(&text)))]
+    console: Option<HostEnd>,
     /// End the VM after this long, as 500ms, 30s or 2m
     #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
     timeout: Option<Duration>,
@@ -138,17 +142,6 @@ pub struct BootArgs {
 enum Format {
     Human,
     Json,
-}
-
-fn parse_serial(text: &OsStr) -> Result<Serial, String> {
-    match text.as_bytes() {
-        b"stdio" => Ok(Serial::Stdio),
-        b"null" => Ok(Serial::Null),
-        [b'f', b'i', b'l', b'e', b'=', path @ ..] if !path.is_empty() => {
-            Ok(Serial::File(OsStr::from_bytes(path).into()))
-        }
-        _ => Err("allowed are stdio, null and file=PATH".into()),
-    }
 }
 
 fn parse_control(text: &OsStr) -> ControlConfig {
@@ -308,7 +301,8 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.kernel.load = args.load.unwrap_or(config.kernel.load);
     config.cpus = args.cpus.unwrap_or(config.cpus);
     config.memory = args.memory.unwrap_or(config.memory);
-    config.serial = args.serial.unwrap_or(config.serial);
+    config.serial = args.serial.or(config.serial);
+    config.console = args.console.or(config.console);
     config.timeout = args.timeout.or(config.timeout);
     config.exit_code_port = args.exit_code_port.or(config.exit_code_port);
     config.rng = args.rng.unwrap_or(config.rng);

@@ -3,6 +3,7 @@
 //! Nothing here opens a file or knows a KVM type.
 
 mod balloon;
+mod console;
 mod disk;
 mod memory;
 mod name;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use balloon::{BalloonConfig, ParseBalloonError};
+pub use console::HostEnd;
 pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
@@ -44,9 +46,12 @@ pub struct VmConfig {
     /// Guest memory.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// Where the guest's first serial port goes.
-    #[serde(default)]
-    pub serial: Serial,
+    /// Where the guest's first serial port (COM1) goes; see [`VmConfig::serial_end`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<HostEnd>,
+    /// Where its virtio console (hvc0) goes; see [`VmConfig::console_end`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<HostEnd>,
     /// The VM is stopped after this long, as in `"30s"`.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "duration_text")]
     pub timeout: Option<Duration>,
@@ -138,28 +143,6 @@ pub enum Sandbox {
     Off,
 }
 
-/// Where the guest's first serial port (COM1) goes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Serial {
-    /// Standard input and output; raw mode when standard input is a terminal.
-    #[default]
-    Stdio,
-    /// No serial port at all.
-    Null,
-    /// Output only, into a new or emptied file.
-    File(PathBuf),
-}
-
-impl Serial {
-    fn path(&self) -> Option<&PathBuf> {
-        match self {
-            Self::File(path) => Some(path),
-            Self::Stdio | Self::Null => None,
-        }
-    }
-}
-
 /// Where a running VM is controlled.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -213,6 +196,15 @@ pub enum ConfigError {
     /// A path that names nothing.
     #[error("{0} is an empty path: give one, or leave it out")]
     EmptyPath(&'static str),
+    /// Two consoles on one terminal.
+    #[error(
+        "--console stdio: the serial port has standard input and output: leave --serial stdio out, or give one of them \
+         null or file=PATH"
+    )]
+    TwoOnStdio,
+    /// Two consoles in one file.
+    #[error("--console file={0}: the serial port prints into the same file: give another path")]
+    TwoInFile(PathBuf),
     /// The command line does not fit the kernel's buffer.
     #[error(
         "the kernel command line has {0} bytes, and Linux takes {MAX_CMDLINE}: shorten --append or --cmdline"
@@ -281,7 +273,8 @@ impl VmConfig {
             },
             cpus: default_cpus(),
             memory: MemoryConfig::default(),
-            serial: Serial::default(),
+            serial: None,
+            console: None,
             timeout: None,
             exit_code_port: None,
             rng: default_rng(),
@@ -315,7 +308,11 @@ impl VmConfig {
         let paths = [
             ("--kernel (kernel.path in a --config)", Some(&self.kernel.path)),
             ("--initrd (kernel.initrd in a --config)", self.kernel.initrd.as_ref()),
-            ("--serial file=PATH (serial.file in a --config)", self.serial.path()),
+            ("--serial file=PATH (serial.file in a --config)", self.serial.as_ref().and_then(HostEnd::path)),
+            (
+                "--console file=PATH (console.file in a --config)",
+                self.console.as_ref().and_then(HostEnd::path),
+            ),
             ("--control PATH (control.path in a --config)", self.control.path()),
         ];
         if let Some((name, _)) = paths.iter().find(|(_, p)| p.is_some_and(|p| p.as_os_str().is_empty())) {
@@ -324,6 +321,7 @@ impl VmConfig {
         for text in [self.kernel.cmdline.as_deref().unwrap_or_default(), &self.kernel.append] {
             check_cmdline(text)?;
         }
+        self.validate_consoles()?;
         disk::validate(&self.disks, self.root)?;
         self.memory.validate()?;
         match &self.balloon {
@@ -392,7 +390,8 @@ mod tests {
         let mut c = config();
         c.kernel.append = "loglevel=7".into();
         c.timeout = Some(Duration::from_millis(1500));
-        c.serial = Serial::File("out.log".into());
+        c.serial = Some(HostEnd::File("out.log".into()));
+        c.console = Some(HostEnd::Stdio);
         c.name = Some("web-1".into());
         c.control = Control::Path("vm.sock".into());
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();

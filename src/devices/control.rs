@@ -1,4 +1,4 @@
-//! What a device can be asked while the VM runs, and how it is paused.
+//! What a device can be asked while the VM runs.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -7,8 +7,8 @@ use thiserror::Error;
 /// The longest id of a device in bytes.
 const MAX_ID: usize = 64;
 
-/// A device as the control socket and the VM's life cycle see it. A device that has something to be asked or work of
-/// its own to pause registers one with [`DeviceControls::add`] while the VM is built.
+/// A device as the control socket sees it. A device that has something to be asked registers one with
+/// [`DeviceControls::add`] while the VM is built.
 ///
 /// All of this runs on the event loop's thread, so nothing here may wait for the guest: a driver that never loads must
 /// not hold anyone up. What the guest has to do is noted (a balloon's target in its configuration space), and
@@ -32,12 +32,6 @@ pub trait DeviceControl: Send {
         let _ = request;
         Err(ChangeError::Fixed)
     }
-
-    /// Stops its own work and drains what is under way. No vCPU runs.
-    fn pause(&mut self) {}
-
-    /// Works again. No vCPU runs yet.
-    fn resume(&mut self) {}
 }
 
 /// A change that a device refuses.
@@ -116,22 +110,10 @@ impl DeviceControls {
     pub fn get(&mut self, id: &str) -> Option<&mut (dyn DeviceControl + 'static)> {
         self.0.iter_mut().find(|d| d.id() == id).map(AsMut::as_mut)
     }
-
-    /// Pauses all, the last registered first: a device may use one that was made before it.
-    pub fn pause(&mut self) {
-        self.0.iter_mut().rev().for_each(|d| d.pause());
-    }
-
-    /// Resumes all, in the order of their registration.
-    pub fn resume(&mut self) {
-        self.0.iter_mut().for_each(|d| d.resume());
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
-
     use serde::Deserialize;
     use serde_json::json;
 
@@ -141,7 +123,6 @@ mod tests {
     struct Balloon {
         id: &'static str,
         target: u64,
-        log: Arc<Mutex<Vec<String>>>,
     }
 
     #[derive(Deserialize)]
@@ -163,12 +144,6 @@ mod tests {
         fn change(&mut self, request: Map<String, Value>) -> Result<(), ChangeError> {
             self.target = parse::<Request>(request)?.target;
             Ok(())
-        }
-        fn pause(&mut self) {
-            self.log.lock().unwrap().push(format!("pause {}", self.id));
-        }
-        fn resume(&mut self) {
-            self.log.lock().unwrap().push(format!("resume {}", self.id));
         }
     }
 
@@ -194,17 +169,5 @@ mod tests {
         let error = balloon.change(object(json!({ "target": 6, "size": 7 }))).unwrap_err();
         assert!(error.to_string().contains("unknown field `size`"), "{error}");
         assert_eq!(balloon.describe(), json!({ "target": 5 }));
-    }
-
-    #[test]
-    fn devices_pause_in_the_reverse_order() {
-        let log = Arc::<Mutex<Vec<String>>>::default();
-        let mut controls = DeviceControls::default();
-        for id in ["a", "b"] {
-            controls.add(Box::new(Balloon { id, log: log.clone(), ..Balloon::default() })).unwrap();
-        }
-        controls.pause();
-        controls.resume();
-        assert_eq!(*log.lock().unwrap(), ["pause b", "pause a", "resume a", "resume b"]);
     }
 }

@@ -3,7 +3,7 @@
 mod control;
 pub mod legacy;
 pub mod rate_limiter;
-mod timer;
+pub(crate) mod timer;
 pub mod virtio;
 
 pub use control::{AddDeviceError, ChangeError, DeviceControl, DeviceControls, DeviceSummary, parse};

@@ -71,6 +71,13 @@ impl RateLimiter {
         Self { operations, bytes, start: Instant::now(), filled: 0 }
     }
 
+    /// Operations and bytes a second, where they are limited.
+    #[must_use]
+    pub fn rates(&self) -> (Option<u64>, Option<u64>) {
+        let rate = |bucket: &Option<Bucket>| bucket.as_ref().map(|b| b.rate);
+        (rate(&self.operations), rate(&self.bytes))
+    }
+
     /// Whether there is any limit.
     #[must_use]
     pub fn is_limited(&self) -> bool {

@@ -4,6 +4,7 @@
 //! switches the machine off. On the way it writes the timeline's marks to I/O port 0x80. With the word
 //! `microvm.exit_code_port=PORT` on the command line the program's status becomes that of `microvm`.
 
+mod console;
 mod modules;
 mod port;
 
@@ -36,8 +37,9 @@ fn main() {
         std::process::exit(2);
     }
     mount_all();
-    if let Err(e) = modules::load_all() {
-        eprintln!("microvm-init: {e}");
+    if let Some(result) = modules::load_all() {
+        console::reopen();
+        result.unwrap_or_else(|e| eprintln!("microvm-init: {e}"));
     }
     mark(Phase::InitReady);
     let status = run(std::env::args_os().skip(1).collect(), &mark);

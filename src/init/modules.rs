@@ -8,16 +8,14 @@ use rustix::system::finit_module;
 
 const FOLDER: &str = "/modules";
 
-/// Loads every module of [`FOLDER`]; without the folder there is nothing to do.
-///
-/// # Errors
-/// Names the first module that the kernel refuses; the others are loaded all the same.
-pub fn load_all() -> io::Result<()> {
-    let Ok(entries) = fs::read_dir(FOLDER) else { return Ok(()) };
+/// Loads every module of [`FOLDER`]; `None` without the folder, as there is nothing to do. An error names the first
+/// module that the kernel refuses; the others are loaded all the same.
+pub fn load_all() -> Option<io::Result<()>> {
+    let entries = fs::read_dir(FOLDER).ok()?;
     let mut paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
     paths.retain(|p| p.extension().is_some_and(|e| e == "ko"));
     paths.sort();
-    paths.iter().map(|path| load(path)).fold(Ok(()), Result::and)
+    Some(paths.iter().map(|path| load(path)).fold(Ok(()), Result::and))
 }
 
 fn load(path: &Path) -> io::Result<()> {

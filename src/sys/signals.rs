@@ -1,4 +1,4 @@
-//! The signals that end a VM, read from a descriptor instead of a handler.
+//! The signals that a VM hears, read from a descriptor instead of a handler.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,17 +8,27 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 /// Signals that end the VM in order. One that the parent ignores (`nohup`) stays ignored.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
-/// A descriptor that turns readable when a signal that ends the VM has arrived.
-pub struct EndSignals(File);
+/// A descriptor that turns readable when a signal has arrived that a VM hears.
+pub struct Signals(File);
 
-impl EndSignals {
+/// A signal that a VM hears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// One that ends the VM: its number.
+    End(u8),
+    /// The terminal has another size (SIGWINCH).
+    Resize,
+}
+
+impl Signals {
     /// Blocks the signals in this thread, and so in every thread it starts later, and routes them here.
     ///
     /// # Errors
     /// The kernel has no descriptor left.
     pub fn new() -> io::Result<Self> {
         // A blocked signal reaches the descriptor even where it is ignored, so those are left out.
-        let set = set_of(ENDING.into_iter().filter(|signal| !is_ignored(*signal)));
+        let ending = ENDING.into_iter().filter(|signal| !is_ignored(*signal));
+        let set = set_of(ending.chain([libc::SIGWINCH]));
         // SAFETY: `set` is valid for reading; the old mask is not asked for.
         let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
         if failed != 0 {
@@ -33,13 +43,16 @@ impl EndSignals {
         Ok(Self(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// The number of a signal that has arrived, if one has.
-    pub fn take(&mut self) -> Option<u8> {
+    /// A signal that has arrived, if one has.
+    pub fn take(&mut self) -> Option<Signal> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info).ok()?;
         // `ssi_signo` is the first field: a u32 in this machine's byte order.
         let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
-        u8::try_from(number).ok()
+        match u8::try_from(number).ok()? {
+            number if libc::c_int::from(number) == libc::SIGWINCH => Some(Signal::Resize),
+            number => Some(Signal::End(number)),
+        }
     }
 }
 
@@ -87,7 +100,7 @@ fn change_mask(how: libc::c_int, signal: libc::c_int) {
     unsafe { libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut()) };
 }
 
-impl AsFd for EndSignals {
+impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

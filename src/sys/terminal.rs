@@ -4,8 +4,8 @@ use std::io::{self, IsTerminal};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::process::getpgrp;
-use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::stdio::{stdin, stdout};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
 
 use super::signals;
 
@@ -36,6 +36,14 @@ pub fn stdin_kind() -> Stdin {
     } else {
         Stdin::BackgroundTerminal
     }
+}
+
+/// Columns and rows of the terminal that output goes to, or else of that which input comes from. `None`: there is no
+/// terminal, or it does not say.
+#[must_use]
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(stdout()).or_else(|_| tcgetwinsize(stdin())).ok()?;
+    (size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))
 }
 
 impl RawMode {

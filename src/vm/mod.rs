@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::layout;
 use crate::sandbox::Kept;
 use crate::sys::background_close::BackgroundClose;
+use crate::sys::event::new_event;
 
 pub use kvm::{HostKvm, OpenKvmError};
 pub use memory::{LoadError, Loaded, Memory, MemoryError};
@@ -107,7 +108,7 @@ impl Vm {
     /// KVM refuses, or there is no descriptor left.
     pub fn irqfd(&self, gsi: u32) -> Result<EventFd, KvmError> {
         let what = "connect an interrupt";
-        let event = new_event(what)?;
+        let event = event_for(what)?;
         self.fd.register_irqfd(&event, gsi).map_err(kvm_error(what))?;
         Ok(event)
     }
@@ -119,7 +120,7 @@ impl Vm {
     /// KVM refuses, or there is no descriptor left.
     pub fn ioeventfd(&self, address: &IoEventAddress, value: Option<u32>) -> Result<EventFd, KvmError> {
         let what = "connect a notification address";
-        let event = new_event(what)?;
+        let event = event_for(what)?;
         let registered = match value {
             Some(value) => self.fd.register_ioevent(&event, address, value),
             None => self.fd.register_ioevent(&event, address, NoDatamatch),
@@ -129,9 +130,8 @@ impl Vm {
     }
 }
 
-fn new_event(what: &'static str) -> Result<EventFd, KvmError> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|e| kvm_error(what)(kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(0))))
+fn event_for(what: &'static str) -> Result<EventFd, KvmError> {
+    new_event().map_err(|e| kvm_error(what)(kvm_ioctls::Error::new(e.raw_os_error().unwrap_or(0))))
 }
 
 #[cfg(test)]

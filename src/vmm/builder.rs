@@ -7,10 +7,11 @@ use std::thread;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::acpi::{self, AcpiConfig, AcpiError};
-use crate::arch::x86_64::cmdline::{CmdlineConfig, ROOT, ROOT_READ_ONLY, command_line};
+use crate::arch::x86_64::cmdline::{
+    CmdlineConfig, ROOT, ROOT_READ_ONLY, SERIAL_CONSOLE, VIRTIO_CONSOLE, command_line,
+};
 use crate::arch::x86_64::cpuid::{CpuidConfig, TooManyLeaves, vcpu_cpuid};
 use crate::arch::x86_64::image::Entry;
 use crate::arch::x86_64::layout::VirtioSlot;
@@ -18,7 +19,7 @@ use crate::arch::x86_64::linux_boot::{BootInfo, Initrd, write_boot_params};
 use crate::arch::x86_64::memory_map::memory_map;
 use crate::arch::x86_64::{layout, pvh, registers};
 use crate::bus::{Bus, BusDevice, Overlap};
-use crate::config::{ConfigError, Discovery, Serial, VmConfig};
+use crate::config::{ConfigError, Discovery, HostEnd, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
 use crate::devices::{AddDeviceError, DeviceControls};
@@ -29,9 +30,9 @@ use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 
 use super::Vmm;
 use super::boot_files::{BootFileError, BootFiles};
-use super::console::{Console, ConsoleError};
+use super::console::{Console, ConsoleError, GuestEnd};
 use super::devices::{DeviceError, Devices};
-use super::machine::Machine;
+use super::machine::{Machine, MachineParts};
 use super::run::EventSources;
 use super::state::StateCell;
 
@@ -75,7 +76,7 @@ pub enum BuildError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// The serial port's other end.
+    /// A console's other end.
     #[error(transparent)]
     Console(#[from] ConsoleError),
     /// Two devices of one name.
@@ -113,13 +114,13 @@ pub fn build(
 ) -> Result<Vmm, BuildError> {
     config.validate()?;
     let layers = Layers::find(config.sandbox)?;
-    let serial = config.serial != Serial::Null;
+    let serial = *config.serial_end() != HostEnd::Null;
     let files = BootFiles::open(&config.kernel)?;
     let mut controls = DeviceControls::default();
-    let devices = Devices::open(config, &metrics, &mut controls)?;
+    let mut devices = Devices::open(config, &metrics, &mut controls)?;
     let slots = Slots::of(&devices, config.discovery);
-    let cmdline_config =
-        CmdlineConfig { serial, cpus: config.cpus, root: root(config), virtio: &slots.cmdline };
+    let (cpus, consoles) = (config.cpus, &console_words(config));
+    let cmdline_config = CmdlineConfig { consoles, cpus, root: root(config), virtio: &slots.cmdline };
     let cmdline = command_line(&config.kernel, cmdline_config)?;
 
     let host = HostKvm::open(kvm_device)?;
@@ -146,16 +147,19 @@ pub fn build(
     // Behind everything that may take long, so that a signal still ends the process there; before the first thread.
     let events = EventSources::new(config.timeout).map_err(BuildError::Events)?;
     let mut ports = Bus::default();
-    // The console comes last: it makes the output file, which a machine that cannot be must not leave behind.
+    // The consoles come last: they make the output files, which a machine that cannot be must not leave behind.
     add_platform_devices(&mut ports, config)?;
     let mut kept = Kept::default();
-    let console = Console::new(&config.serial, &files, &vm, &mut ports, &metrics, &mut kept)?;
-    if let Some(console) = &console {
-        controls.add(console.control())?;
+    let com1 = serial.then(|| GuestEnd::serial(&vm, &mut ports, &metrics, &mut kept)).transpose()?;
+    com1.as_ref().map_or(Ok(()), |com1| controls.add(com1.control()))?;
+    let hvc0 = devices.console.take();
+    let mut consoles = Vec::new();
+    for (end, guest) in [(config.serial_end(), com1), (config.console_end(), hvc0)] {
+        consoles.extend(Console::open(end, guest, &files, &mut kept)?);
     }
     let (vmm_thread, jobs) = VmmThread::new().map_err(BuildError::Events)?;
     let mut mmio = Bus::default();
-    devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
+    let threads = devices.connect(&vm, &memory, &vmm_thread, &mut mmio, &mut kept)?;
     let space = AddressSpace { ports, devices: mmio, memory: memory.clone() };
     let count = timeline.is_on() || metrics.is_full();
     let vcpus = make_vcpus(config, &host, &vm, space, files.image.entry, count)?;
@@ -173,15 +177,16 @@ pub fn build(
     vcpus.iter().for_each(|vcpu| vcpu.keep(&mut kept));
     let state = Arc::new(StateCell::new());
     let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
-    let output = console.as_ref().map(Console::output);
-    let machine = Machine::new(controls, output, state, pauses);
+    let outputs = consoles.iter().map(Console::output).collect();
+    let parts = MachineParts { devices: controls, threads, consoles: outputs, state, pauses };
+    let machine = Machine::new(parts);
     let services = Vec::new();
     Ok(Vmm {
         vcpus,
         reports,
         machine,
         events,
-        console,
+        consoles,
         timeline,
         metrics,
         vm,
@@ -221,6 +226,15 @@ fn make_vm(
         timeline.mark(Phase::Vm);
         Ok((vm, memory, initrd))
     })
+}
+
+/// What tells the kernel of its consoles. The last one becomes `/dev/console`, so the one that a person looks at stands
+/// there.
+fn console_words(config: &VmConfig) -> Vec<&'static str> {
+    let all = [(config.serial_end(), SERIAL_CONSOLE.0), (config.console_end(), VIRTIO_CONSOLE.0)];
+    let mut there: Vec<_> = all.into_iter().filter(|(end, _)| **end != HostEnd::Null).collect();
+    there.sort_by_key(|(end, _)| **end == HostEnd::Stdio);
+    there.into_iter().map(|(_, word)| word).collect()
 }
 
 /// What tells the kernel of its root file system.
@@ -282,7 +296,7 @@ fn add_platform_devices(ports: &mut Bus, config: &VmConfig) -> Result<(), BuildE
         let taken = || BuildError::ExitCodePort(port);
         // COM1 is put on the bus later.
         let serial = layout::SERIAL_PORT..=layout::SERIAL_PORT + layout::SERIAL_LEN - 1;
-        let serial = (config.serial != Serial::Null).then_some(serial);
+        let serial = (*config.serial_end() != HostEnd::Null).then_some(serial);
         if IN_KERNEL_PORTS.into_iter().chain(serial).any(|range| range.contains(&port)) {
             return Err(taken());
         }
@@ -315,9 +329,4 @@ fn make_vcpus(
         vcpus.push(vcpu);
     }
     Ok(vcpus)
-}
-
-/// An event descriptor for the event loop.
-pub(super) fn new_event() -> io::Result<Arc<EventFd>> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new)
 }

@@ -1,23 +1,27 @@
 //! The virtio devices of a VM: made from the configuration, and connected to the guest.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use kvm_ioctls::IoEventAddress;
 use thiserror::Error;
 
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
-use crate::config::VmConfig;
+use crate::config::{HostEnd, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
+    WorkerControl,
 };
 use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
+
+use super::console::GuestEnd;
 
 /// A virtio device cannot be part of the VM.
 #[derive(Debug, Error)]
@@ -28,6 +32,9 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// The virtio console.
+    #[error("--console: no descriptor is left: raise the limit (ulimit -n)")]
+    Console(#[source] std::io::Error),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -40,7 +47,11 @@ pub enum DeviceError {
 }
 
 /// The devices of a VM, not yet connected, each with its place.
-pub(super) struct Devices(Vec<(VirtioSlot, Box<dyn VirtioDevice>)>);
+pub(super) struct Devices {
+    all: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
+    /// What the virtio console prints and takes, until the host's end has it.
+    pub console: Option<GuestEnd>,
+}
 
 impl Devices {
     /// Opens what the devices of `config` need, and registers their counters in `metrics` and what they can be asked in
@@ -61,25 +72,34 @@ impl Devices {
             devices.push(Box::new(rng));
         }
         for (place, disk) in config.disks.iter().enumerate() {
-            devices.push(Box::new(Block::open(disk, place, config.cpus)?));
+            let block = Block::open(disk, place, config.cpus, metrics)?;
+            controls.add(block.control())?;
+            devices.push(Box::new(block));
         }
         if let Some(balloon) = &config.balloon {
             let balloon = Balloon::new(balloon, config.memory.size);
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
+        let mut console = None;
+        if *config.console_end() != HostEnd::Null {
+            let (device, end) = GuestEnd::virtio(metrics).map_err(DeviceError::Console)?;
+            controls.add(end.control())?;
+            devices.push(Box::new(device));
+            console = Some(end);
+        }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self(virtio_slots().zip(devices).collect()))
+        Ok(Self { all: virtio_slots().zip(devices).collect(), console })
     }
 
     /// Where they are.
     pub(super) fn slots(&self) -> Vec<VirtioSlot> {
-        self.0.iter().map(|(slot, _)| *slot).collect()
+        self.all.iter().map(|(slot, _)| *slot).collect()
     }
 
-    /// Gives each its interrupt, its notifications and its place on the bus.
+    /// Gives each its interrupt, its notifications and its place on the bus, and returns the way to pause all.
     ///
     /// # Errors
     /// KVM refuses.
@@ -90,8 +110,9 @@ impl Devices {
         vmm: &VmmThread,
         bus: &mut Bus,
         kept: &mut Kept,
-    ) -> Result<(), DeviceError> {
-        for (slot, device) in self.0 {
+    ) -> Result<DeviceThreads, DeviceError> {
+        let mut threads = DeviceThreads::default();
+        for (slot, device) in self.all {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));
@@ -108,8 +129,124 @@ impl Devices {
                 device,
             };
             let registers = Arc::new(Mutex::new(MmioTransport::new(Transport::new(parts))));
+            threads.transports.push(registers.clone());
             bus.insert("a virtio device", slot.address, VIRTIO_MMIO_LEN, registers)?;
         }
-        Ok(())
+        Ok(threads)
+    }
+}
+
+/// The threads of all virtio devices.
+#[derive(Default)]
+pub(super) struct DeviceThreads {
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+    paused: Vec<WorkerControl>,
+}
+
+impl DeviceThreads {
+    /// Has all of them finish what is under way and stop, by `deadline`: when this says so, no device touches guest
+    /// memory. No vCPU runs, so no device starts or ends meanwhile, and none is locked.
+    ///
+    /// # Errors
+    /// The name of one that still works; all go on.
+    pub(super) fn pause(&mut self, deadline: Instant) -> Result<(), String> {
+        let workers =
+            |t: &Arc<Mutex<MmioTransport>>| t.lock().unwrap_or_else(PoisonError::into_inner).workers();
+        self.paused = self.transports.iter().flat_map(workers).collect();
+        // All at once: the time is that of the slowest.
+        self.paused.iter().for_each(WorkerControl::ask_to_pause);
+        match self.paused.iter().find(|worker| !worker.is_paused_by(deadline)) {
+            None => Ok(()),
+            Some(worker) => {
+                let name = worker.name().to_string();
+                self.resume();
+                Err(name)
+            }
+        }
+    }
+
+    /// Lets those go on that were paused.
+    pub(super) fn resume(&mut self) {
+        self.paused.drain(..).for_each(|worker| worker.resume());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, RawFd};
+    use std::sync::mpsc::{self, Receiver};
+    use std::time::Duration;
+
+    use vmm_sys_util::epoll::{Epoll, EventSet};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::devices::virtio::testing::Driver;
+    use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, DeviceKind, Served, Worker};
+    use crate::sys::event::new_event;
+
+    /// A device with a host that answers late.
+    struct Slow {
+        host: Option<Receiver<()>>,
+        worker: Option<Worker<SlowWorker>>,
+    }
+
+    struct SlowWorker {
+        event: EventFd,
+        host: Receiver<()>,
+    }
+
+    impl Served for SlowWorker {
+        fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
+            vec![(self.event.as_raw_fd(), EventSet::IN, 0)]
+        }
+        fn event(&mut self, _token: u64, _ready: EventSet, _epoll: &Epoll) {}
+        fn drain(&mut self) {
+            let _ = self.host.recv();
+        }
+    }
+
+    impl VirtioDevice for Slow {
+        fn kind(&self) -> DeviceKind {
+            DeviceKind::Block
+        }
+        fn id(&self) -> &str {
+            "slow"
+        }
+        fn features(&self) -> u64 {
+            0
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[16]
+        }
+        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+        fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+            let host = self.host.take().ok_or(ActivateError::QueueMissing(0))?;
+            let worker = SlowWorker { event: new_event()?, host };
+            self.worker = Some(Worker::start("slow", activation.confined, worker)?);
+            Ok(())
+        }
+        fn workers(&self) -> Vec<WorkerControl> {
+            self.worker.iter().map(Worker::control).collect()
+        }
+        fn quiesce(&mut self) -> Vec<ActiveQueue> {
+            self.worker.take().and_then(Worker::stop);
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_ready_in_time_is_named_and_all_go_on() {
+        let (answer, host) = mpsc::channel();
+        let driver = Driver::start(Box::new(Slow { host: Some(host), worker: None }), &[16]);
+        // One that no driver has found has nothing to pause.
+        let idle = Driver::new(Box::new(Slow { host: None, worker: None }));
+        let transports = [idle, driver].map(|d| Arc::new(Mutex::new(d.mmio))).to_vec();
+        let mut threads = DeviceThreads { transports, paused: Vec::new() };
+        assert_eq!(threads.pause(Instant::now() + Duration::from_millis(20)), Err("slow".into()));
+        // Its host answers from now on.
+        drop(answer);
+        assert_eq!(threads.pause(Instant::now() + Duration::from_secs(10)), Ok(()));
+        threads.resume();
     }
 }

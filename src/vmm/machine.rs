@@ -7,7 +7,7 @@
 //! - **Stop**: the vCPUs, from any state. Devices are dropped with the VM.
 //!
 //! A pause is a handshake: each vCPU confirms that it has parked. The event loop goes on meanwhile, because a vCPU may
-//! be waiting for it inside a device.
+//! be waiting for it inside a device. Then each thread of a device confirms that it has ended what was under way.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,22 +18,32 @@ use crate::metrics::Counter;
 use crate::vcpu::VcpuThread;
 
 use super::End;
+use super::devices::DeviceThreads;
 use super::request::{Answer, AnswerTo, Envelope, Refusal, Request, Wanted};
 use super::run::EndSlot;
 use super::state::{Change, State, StateCell};
 
-/// A pause in which a vCPU has not parked by then is given up.
+/// A pause in which a vCPU has not parked, or after that a device not ended its work, by then is given up.
 pub(super) const PAUSE_BOUND: Duration = Duration::from_secs(2);
 
 /// What runs.
 pub(super) struct Machine {
     pub vcpus: Vec<VcpuThread>,
-    pub devices: DeviceControls,
-    pub console: Option<Arc<ConsoleOutput>>,
-    pub state: Arc<StateCell>,
-    pub pauses: Counter,
+    pub parts: MachineParts,
     pause: Pause,
     stopping: Vec<AnswerTo>,
+}
+
+/// What a machine is made from. Its vCPU threads are still to come: they start once the process is confined.
+pub(super) struct MachineParts {
+    /// What can be asked.
+    pub devices: DeviceControls,
+    /// The threads of devices.
+    pub threads: DeviceThreads,
+    /// What the guest has printed.
+    pub consoles: Vec<Arc<ConsoleOutput>>,
+    pub state: Arc<StateCell>,
+    pub pauses: Counter,
 }
 
 /// The pause under way, or the last one.
@@ -47,15 +57,9 @@ struct Pause {
 }
 
 impl Machine {
-    /// Its vCPU threads are still to come: they start once the process is confined.
-    pub(super) fn new(
-        devices: DeviceControls,
-        console: Option<Arc<ConsoleOutput>>,
-        state: Arc<StateCell>,
-        pauses: Counter,
-    ) -> Self {
-        let vcpus = Vec::new();
-        Self { vcpus, devices, console, state, pauses, pause: Pause::default(), stopping: Vec::new() }
+    /// A machine that is not running.
+    pub(super) fn new(parts: MachineParts) -> Self {
+        Self { vcpus: Vec::new(), parts, pause: Pause::default(), stopping: Vec::new() }
     }
 
     /// Answers a request, now or when it is done. A stop is put into `end`.
@@ -68,9 +72,9 @@ impl Machine {
                 self.stopping.push(to);
                 return end.set(End::Stop);
             }
-            Request::Devices => Ok(Answer::Devices(self.devices.list())),
+            Request::Devices => Ok(Answer::Devices(self.parts.devices.list())),
             Request::Device(id) => self.describe(id),
-            Request::ChangeDevice(id, change) => match self.devices.get(&id) {
+            Request::ChangeDevice(id, change) => match self.parts.devices.get(&id) {
                 None => Err(Refusal::NoDevice(id)),
                 Some(device) => device.change(change).map_err(Into::into).and_then(|()| self.describe(id)),
             },
@@ -80,20 +84,20 @@ impl Machine {
 
     /// Lets the guest run, for the first time or again.
     pub(super) fn resume(&mut self) -> Result<Answer, Refusal> {
-        let from = self.state.get();
+        let from = self.parts.state.get();
         let to = from.after(Change::Resume).ok_or(Refusal::NoWay { from, wanted: Wanted::Running })?;
         if from != to {
             if from == State::Paused {
-                self.devices.resume();
+                self.parts.threads.resume();
             }
-            self.state.set(to);
+            self.parts.state.set(to);
             self.vcpus.iter().for_each(VcpuThread::resume);
         }
         Ok(Answer::State(to))
     }
 
     fn pause(&mut self, answer: AnswerTo) {
-        let from = self.state.get();
+        let from = self.parts.state.get();
         let Some(to) = from.after(Change::Pause) else {
             return send(&answer, Err(Refusal::NoWay { from, wanted: Wanted::Paused }));
         };
@@ -104,26 +108,36 @@ impl Machine {
         if from == to {
             return;
         }
-        self.state.set(to);
+        self.parts.state.set(to);
         self.pause.number += 1;
         self.pause.missing = self.vcpus.len();
         self.pause.deadline = Some(Instant::now() + PAUSE_BOUND);
-        if let Some(console) = &self.console {
-            console.let_vcpus_leave(true);
-        }
+        self.parts.consoles.iter().for_each(|console| console.let_vcpus_leave(true));
         self.vcpus.iter().for_each(|v| v.pause(self.pause.number));
     }
 
     /// A vCPU has confirmed that it is parked.
     pub(super) fn parked(&mut self, number: u64) {
-        if number != self.pause.number || self.state.get() != State::Pausing {
+        if number != self.pause.number || self.parts.state.get() != State::Pausing {
             return;
         }
         self.pause.missing = self.pause.missing.saturating_sub(1);
         if self.pause.missing == 0 {
-            self.devices.pause();
-            self.pauses.increment();
-            self.end_pause(Change::Parked);
+            self.pause_devices();
+        }
+    }
+
+    /// The second half of a pause. The event loop waits here: whoever needs it is a vCPU, and those are parked.
+    fn pause_devices(&mut self) {
+        match self.parts.threads.pause(Instant::now() + PAUSE_BOUND) {
+            Ok(()) => {
+                self.parts.pauses.increment();
+                self.end_pause(Change::Parked);
+            }
+            Err(device) => {
+                log::warn!("{device} has not ended its work within {PAUSE_BOUND:?}: the pause is given up");
+                self.give_up();
+            }
         }
     }
 
@@ -135,18 +149,20 @@ impl Machine {
     /// Gives a pause up that takes too long: those that have parked run again.
     pub(super) fn check_pause(&mut self) {
         if self.pause.deadline.is_some_and(|d| d <= Instant::now()) {
-            self.end_pause(Change::GaveUp);
-            self.vcpus.iter().for_each(VcpuThread::resume);
+            self.give_up();
         }
+    }
+
+    fn give_up(&mut self) {
+        self.end_pause(Change::GaveUp);
+        self.vcpus.iter().for_each(VcpuThread::resume);
     }
 
     fn end_pause(&mut self, change: Change) {
         self.pause.deadline = None;
-        if let Some(console) = &self.console {
-            console.let_vcpus_leave(false);
-        }
-        let to = self.state.get().after(change).unwrap_or(State::Stopped);
-        self.state.set(to);
+        self.parts.consoles.iter().for_each(|console| console.let_vcpus_leave(false));
+        let to = self.parts.state.get().after(change).unwrap_or(State::Stopped);
+        self.parts.state.set(to);
         for waiting in self.pause.waiting.drain(..) {
             let paused = to == State::Paused;
             send(&waiting, if paused { Ok(Answer::State(to)) } else { Err(Refusal::Stuck) });
@@ -155,13 +171,11 @@ impl Machine {
 
     /// Asks all vCPUs to end, from any state, and frees those that wait for the console's reader.
     pub(super) fn stop(&mut self) {
-        self.state.set(State::Stopped);
+        self.parts.state.set(State::Stopped);
         // Dropped without an answer: whoever waits learns that the VM is ending.
         self.pause.waiting.clear();
         self.vcpus.iter().for_each(VcpuThread::stop);
-        if let Some(console) = &self.console {
-            console.close();
-        }
+        self.parts.consoles.iter().for_each(|console| console.close());
     }
 
     /// Waits for the vCPUs' ends, but not after `deadline`, and says how many hang.
@@ -176,7 +190,7 @@ impl Machine {
     }
 
     fn describe(&mut self, id: String) -> Result<Answer, Refusal> {
-        let Some(device) = self.devices.get(&id) else { return Err(Refusal::NoDevice(id)) };
+        let Some(device) = self.parts.devices.get(&id) else { return Err(Refusal::NoDevice(id)) };
         let description = device.describe();
         Ok(Answer::Device(DeviceSummary { kind: device.kind(), id }, description))
     }

@@ -35,7 +35,7 @@ pub struct Vmm {
     reports: Reports,
     machine: machine::Machine,
     events: run::EventSources,
-    console: Option<console::Console>,
+    consoles: Vec<console::Console>,
     timeline: Arc<Timeline>,
     metrics: Arc<Registry>,
     vm: Vm,
@@ -60,6 +60,6 @@ impl Vmm {
     #[must_use]
     pub fn handle(&self) -> VmHandle {
         let (requests, wake) = self.events.for_requests();
-        VmHandle { requests, wake, state: self.machine.state.clone(), metrics: self.metrics.clone() }
+        VmHandle { requests, wake, state: self.machine.parts.state.clone(), metrics: self.metrics.clone() }
     }
 }

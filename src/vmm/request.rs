@@ -68,8 +68,8 @@ pub enum Refusal {
         /// Where it was to go.
         wanted: Wanted,
     },
-    /// A vCPU waits for something inside a device, or in the host.
-    #[error("a vCPU did not park within {PAUSE_BOUND:?}; the guest runs on: try again")]
+    /// A vCPU waits for something inside a device, or in the host; or a device for a slow host.
+    #[error("a vCPU or a device did not pause within {PAUSE_BOUND:?}; the guest runs on: try again")]
     Stuck,
     /// No such device.
     #[error("there is no device {0}: GET /devices lists them")]

@@ -11,18 +11,19 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
 use crate::bus::Action;
 use crate::devices::DeviceControls;
+use crate::devices::timer::Timer;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
-use crate::sys::signals::EndSignals;
+use crate::sys::event::new_event;
+use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
-use super::builder::new_event;
-use super::console::ConsoleEvents;
+use super::console::{Console, ConsoleEvents, TerminalSize, finish_all};
+use super::devices::DeviceThreads;
 use super::machine::Machine;
 use super::request::Envelope;
 use super::{End, Vmm};
@@ -61,10 +62,10 @@ impl EndSlot {
     }
 }
 
-/// What the event loop listens to beside the console: vCPUs, requests, a signal, the time limit.
+/// What the event loop listens to beside the consoles: vCPUs, requests, signals, the time limit.
 pub(super) struct EventSources {
-    signals: EndSignals,
-    timer: Option<TimerFd>,
+    signals: Signals,
+    timer: Option<Timer>,
     wake: Arc<EventFd>,
     vcpu_events: Option<Receiver<VcpuEvent>>,
     requests: (Sender<Envelope>, Receiver<Envelope>),
@@ -72,15 +73,15 @@ pub(super) struct EventSources {
 }
 
 impl EventSources {
-    /// Blocks the ending signals: called before any thread is started.
+    /// Blocks the signals: called before any thread is started.
     pub(super) fn new(timeout: Option<Duration>) -> io::Result<Self> {
         let timer = timeout.map(|t| {
-            let mut timer = TimerFd::new()?;
-            timer.reset(t, None)?;
-            Ok::<_, vmm_sys_util::errno::Error>(timer)
+            let timer = Timer::new()?;
+            timer.set(t)?;
+            Ok::<_, io::Error>(timer)
         });
-        let timer = timer.transpose().map_err(io::Error::from)?;
-        let (signals, wake) = (EndSignals::new()?, new_event()?);
+        let timer = timer.transpose()?;
+        let (signals, wake) = (Signals::new()?, Arc::new(new_event()?));
         Ok(Self { signals, timer, wake, vcpu_events: None, requests: mpsc::channel(), jobs: None })
     }
 
@@ -121,6 +122,7 @@ struct VmEvents {
     machine: Rc<RefCell<Machine>>,
     end: EndSlot,
     confined: Confined,
+    terminal_size: Option<TerminalSize>,
 }
 
 impl VmEvents {
@@ -162,8 +164,12 @@ impl MutEventSubscriber for VmEvents {
             self.end.set(End::Timeout);
         } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
             jobs.run_all(self.confined);
-        } else if let Some(number) = sources.signals.take() {
-            self.end.set(End::Signal(number));
+        } else {
+            match sources.signals.take() {
+                Some(Signal::End(number)) => self.end.set(End::Signal(number)),
+                Some(Signal::Resize) => self.terminal_size.iter().for_each(TerminalSize::update),
+                None => {}
+            }
         }
     }
 }
@@ -198,9 +204,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let confined = vmm.layers.confine_process(&vmm.kept, &folders)?;
     let vcpus = vmm.vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, vmm.reports.clone(), confined));
     vmm.machine.vcpus = vcpus.collect::<Result<_, _>>()?;
-    if let Some(console) = &mut vmm.console {
-        console.start_writer(confined)?;
-    }
+    vmm.consoles.iter_mut().try_for_each(|console| console.start_writer(confined))?;
     // Dropped last of all: what they ask the VM is answered, or refused, before they are waited for.
     let services = vmm.services.into_iter().map(|s| s.start(confined));
     let _services = services.collect::<Result<Vec<_>, _>>()?;
@@ -209,16 +213,16 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let failed = RunError::Loop;
     let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
-    let events = VmEvents { sources: vmm.events, machine: machine.clone(), end: end.clone(), confined };
+    let (sources, terminal_size) = (vmm.events, vmm.consoles.iter().find_map(Console::size));
+    let events = VmEvents { sources, machine: machine.clone(), end: end.clone(), confined, terminal_size };
     manager.add_subscriber(Box::new(events));
-    // The console is taken back at the end, for the guest's last words.
-    let console = vmm.console.take().map(|mut console| {
+    // The consoles are taken back at the end, for the guest's last words.
+    let mut consoles = Vec::new();
+    for mut console in vmm.consoles {
         console.enter_raw_mode().map_err(RunError::Terminal)?;
-        Ok::<_, RunError>(Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() })))
-    });
-    let console = console.transpose()?;
-    if let Some(console) = &console {
+        let console = Rc::new(RefCell::new(ConsoleEvents { console, end: end.clone() }));
         manager.add_subscriber(Box::new(console.clone()));
+        consoles.push(console);
     }
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
     confined.confine_thread(ThreadKind::Vmm)?;
@@ -246,12 +250,11 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     // With it goes what devices wanted done: a vCPU that waits for that waits no longer.
     drop(manager);
     let stuck = machine.join(Instant::now() + STOP_BOUND);
-    if let Some(console) = console.and_then(Rc::into_inner) {
-        console.into_inner().console.finish();
-    }
+    finish_all(consoles.into_iter().filter_map(Rc::into_inner).map(|events| events.into_inner().console));
     vmm.timeline.unwatch();
     let metrics = vmm.metrics.finish();
-    machine.devices = DeviceControls::default();
+    machine.parts.devices = DeviceControls::default();
+    machine.parts.threads = DeviceThreads::default();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
     if stuck == 0 { reason.map(|end| Ended { end, metrics }) } else { Err(RunError::Stuck) }

@@ -5,8 +5,11 @@ use linux_loader::loader::Cmdline;
 use super::layout::{VIRTIO_MMIO_LEN, VirtioSlot};
 use crate::config::{ConfigError, KernelConfig, MAX_CMDLINE, check_cmdline};
 
-/// The console, given where there is a serial port.
-pub const CONSOLE: &str = "console=ttyS0";
+/// The serial port as a console.
+pub const SERIAL_CONSOLE: (&str, &str) =
+    ("console=ttyS0", "the serial port is a console; left out where there is none (`--serial null`)");
+/// The virtio console.
+pub const VIRTIO_CONSOLE: (&str, &str) = ("console=hvc0", "with `--console` only: hvc0 is a console");
 
 /// Words and what each is for.
 pub const DEFAULT: &[(&str, &str)] = &[
@@ -46,8 +49,8 @@ pub const ROOT_READ_ONLY: &str = "root=/dev/vda ro";
 /// What the command line tells of the machine.
 #[derive(Clone, Copy, Debug)]
 pub struct CmdlineConfig<'a> {
-    /// COM1 is there.
-    pub serial: bool,
+    /// The consoles that are there. The last one is `/dev/console`: init's input and output.
+    pub consoles: &'a [&'static str],
     /// Number of vCPUs.
     pub cpus: u32,
     /// What tells of the root file system, where it is on a disk.
@@ -61,7 +64,7 @@ pub struct CmdlineConfig<'a> {
 /// # Errors
 /// Longer than Linux takes.
 pub fn command_line(kernel: &KernelConfig, config: CmdlineConfig) -> Result<Cmdline, ConfigError> {
-    let CmdlineConfig { serial, cpus, root, virtio } = config;
+    let CmdlineConfig { consoles, cpus, root, virtio } = config;
     // Linux, Documentation/admin-guide/kernel-parameters.txt: `virtio_mmio.device=<size>@<baseaddr>:<irq>`.
     let device =
         |s: &VirtioSlot| format!("virtio_mmio.device={VIRTIO_MMIO_LEN:#x}@{:#x}:{}", s.address, s.gsi);
@@ -70,7 +73,7 @@ pub fn command_line(kernel: &KernelConfig, config: CmdlineConfig) -> Result<Cmdl
     match &kernel.cmdline {
         Some(line) => words.push(line.as_str()),
         None => {
-            words.extend(serial.then_some(CONSOLE));
+            words.extend(consoles);
             words.extend(DEFAULT.iter().map(|(word, _)| *word));
             words.extend((cpus == 1).then_some(ONE_CPU.0));
         }
@@ -89,10 +92,10 @@ mod tests {
     use super::*;
     use crate::config::VmConfig;
 
-    fn line(change: impl Fn(&mut KernelConfig), serial: bool) -> String {
+    fn line(change: impl Fn(&mut KernelConfig), consoles: &[&'static str]) -> String {
         let mut kernel = VmConfig::new("k".into()).kernel;
         change(&mut kernel);
-        command_line(&kernel, CmdlineConfig { serial, cpus: 1, root: None, virtio: &[] })
+        command_line(&kernel, CmdlineConfig { consoles, cpus: 1, root: None, virtio: &[] })
             .unwrap()
             .as_cstring()
             .unwrap()
@@ -102,10 +105,13 @@ mod tests {
 
     #[test]
     fn append_stands_last_and_cmdline_replaces() {
-        let text = line(|k| k.append = "loglevel=7 -- /bin/true".into(), true);
-        assert!(text.starts_with("console=ttyS0 quiet"), "{text}");
+        let text = line(|k| k.append = "loglevel=7 -- /bin/true".into(), &["console=ttyS0", "console=hvc0"]);
+        assert!(text.starts_with("console=ttyS0 console=hvc0 quiet"), "{text}");
         assert!(text.ends_with("loglevel=7 -- /bin/true"), "{text}");
-        assert_eq!(line(|k| (k.cmdline, k.append) = (Some("a".into()), "b".into()), true), "a b");
+        assert_eq!(
+            line(|k| (k.cmdline, k.append) = (Some("a".into()), "b".into()), &["console=hvc0"]),
+            "a b"
+        );
     }
 
     #[test]
@@ -113,7 +119,7 @@ mod tests {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "-- /bin/sh".into();
         let virtio = [VirtioSlot { address: 0xe000_0000, gsi: 5 }];
-        let config = CmdlineConfig { serial: true, cpus: 2, root: Some(ROOT), virtio: &virtio };
+        let config = CmdlineConfig { consoles: &[], cpus: 2, root: Some(ROOT), virtio: &virtio };
         let text = command_line(&kernel, config).unwrap().as_cstring().unwrap().into_string().unwrap();
         assert!(
             text.ends_with(" virtio_mmio.device=0x1000@0xe0000000:5 root=/dev/vda rw -- /bin/sh"),
@@ -122,8 +128,8 @@ mod tests {
     }
 
     #[test]
-    fn no_serial_port_no_console() {
-        assert!(!line(|_| {}, false).contains("console="));
+    fn no_console_no_word() {
+        assert!(!line(|_| {}, &[]).contains("console="));
     }
 
     #[test]
@@ -131,7 +137,7 @@ mod tests {
         let mut kernel = VmConfig::new("k".into()).kernel;
         kernel.append = "x".repeat(MAX_CMDLINE - 20);
         assert!(matches!(
-            command_line(&kernel, CmdlineConfig { serial: true, cpus: 2, root: None, virtio: &[] }),
+            command_line(&kernel, CmdlineConfig { consoles: &[], cpus: 2, root: None, virtio: &[] }),
             Err(ConfigError::CmdlineTooLong(_))
         ));
     }
@@ -139,7 +145,7 @@ mod tests {
     #[test]
     fn the_docs_explain_every_word() {
         let docs = include_str!("../../../docs/boot.md");
-        for (word, _) in DEFAULT.iter().chain(&[(CONSOLE, ""), ONE_CPU]) {
+        for (word, _) in DEFAULT.iter().chain(&[SERIAL_CONSOLE, VIRTIO_CONSOLE, ONE_CPU]) {
             assert!(docs.contains(&format!("| `{word}` |")), "docs/boot.md lacks a row for {word}");
         }
     }

@@ -29,7 +29,8 @@ pub struct ConsoleOutput {
 struct State {
     bytes: Vec<u8>,
     closed: bool,
-    leaving: bool,
+    /// How many have asked that whoever waits may leave.
+    leaving: usize,
 }
 
 impl State {
@@ -40,7 +41,7 @@ impl State {
     /// Whether a vCPU has to wait. One that is about to pause may go on for the few bytes that it holds, but not pause
     /// after pause without end while nobody reads.
     fn keeps_waiting(&self) -> bool {
-        let capacity = if self.leaving { CAPACITY + LEAVING } else { CAPACITY };
+        let capacity = if self.leaving > 0 { CAPACITY + LEAVING } else { CAPACITY };
         self.bytes.len() >= capacity && !self.closed
     }
 }
@@ -83,10 +84,26 @@ impl ConsoleOutput {
         drop(self.space.wait_while(self.lock(), |s| s.keeps_waiting()));
     }
 
+    /// As [`ConsoleOutput::wait_for_room`], no longer than `limit`; says whether there is room. What is added without
+    /// would be memory without bound.
+    #[must_use]
+    pub fn has_room_within(&self, limit: Duration) -> bool {
+        let waited = self.space.wait_timeout_while(self.lock(), limit, |s| s.keeps_waiting());
+        !waited.unwrap_or_else(PoisonError::into_inner).0.keeps_waiting()
+    }
+
+    /// Whether those who print are to leave soon ([`ConsoleOutput::let_vcpus_leave`]).
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.lock().leaving > 0
+    }
+
     /// While `on`, a vCPU that waits for room may finish its write without it: the VM pauses, and a vCPU parks outside
-    /// of devices. Nothing is dropped.
+    /// of devices. Nothing is dropped. Several may ask at a time; each that said `true` says `false` once.
     pub fn let_vcpus_leave(&self, on: bool) {
-        self.lock().leaving = on;
+        let mut state = self.lock();
+        state.leaving = if on { state.leaving.saturating_add(1) } else { state.leaving.saturating_sub(1) };
+        drop(state);
         self.space.notify_all();
     }
 
@@ -161,6 +178,25 @@ mod tests {
         output.let_vcpus_leave(false);
         let all = output.take().unwrap();
         assert_eq!(&all[CAPACITY..CAPACITY + 4], b"late");
+    }
+
+    #[test]
+    fn a_bound_on_the_wait_says_whether_there_is_room() {
+        let output = ConsoleOutput::default();
+        assert!(output.has_room_within(Duration::ZERO));
+        output.push(&vec![1; CAPACITY]);
+        assert!(!output.has_room_within(Duration::from_millis(1)));
+        output.let_vcpus_leave(true);
+        output.let_vcpus_leave(true);
+        output.let_vcpus_leave(false);
+        assert!(output.is_leaving() && output.has_room_within(Duration::ZERO));
+        output.let_vcpus_leave(false);
+        assert!(!output.is_leaving() && !output.has_room_within(Duration::ZERO));
+        output.close();
+        assert!(
+            output.has_room_within(Duration::from_secs(60)),
+            "what comes after the end is dropped at once"
+        );
     }
 
     #[test]

@@ -11,14 +11,13 @@ mod worker;
 
 use std::time::Duration;
 
-use vmm_sys_util::timerfd::TimerFd;
-
 use crate::config::{BalloonConfig, Size};
 use crate::devices::DeviceControl;
+use crate::devices::timer::Timer;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, VirtioDevice, Worker, read_config_space,
-    take_queue,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, VirtioDevice, Worker, WorkerControl,
+    read_config_space, take_queue,
 };
 
 pub use handle::{BalloonHandle, BalloonStats, BalloonStatus, TargetTooLarge};
@@ -81,9 +80,9 @@ impl Balloon {
     /// The statistics queue, and when to ask.
     fn stats(&self, queues: &mut Vec<ActiveQueue>) -> Result<Stats, ActivateError> {
         let interval = self.stats_interval.unwrap_or(DEFAULT_INTERVAL);
-        let mut timer = TimerFd::new().map_err(std::io::Error::from)?;
-        timer.reset(interval, Some(interval)).map_err(std::io::Error::from)?;
-        Ok(Stats { requests: take_queue(queues, 2)?, timer, waiting: None })
+        let timer = Timer::new()?;
+        timer.set(interval)?;
+        Ok(Stats { requests: take_queue(queues, 2)?, interval, timer, waiting: None })
     }
 }
 
@@ -140,6 +139,10 @@ impl VirtioDevice for Balloon {
         self.worker =
             Some(Worker::start(NAME, activation.confined, worker).inspect_err(|_| self.handle.stop())?);
         Ok(())
+    }
+
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.worker.iter().map(Worker::control).collect()
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {

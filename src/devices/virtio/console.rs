@@ -1,20 +1,28 @@
 //! The console (virtio 1.3 §5.3), `/dev/hvc0` to Linux: one port, many bytes at a time, and a size.
+//!
+//! Linux' driver prints with a spinlock held and interrupts off until the device has taken its buffer. So a reader on the
+//! host who stalls may not keep the device from taking it: what nobody reads for [`PATIENCE`] is dropped, and counted.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::legacy::ConsoleOutput;
+use crate::metrics::Counter;
+use crate::sandbox::Kept;
+use crate::sys::event::new_event;
 use crate::vm::Memory;
 
 use super::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, QueueError, Served, VirtioDevice,
-    Worker, read_config_space, take_queue,
+    Worker, WorkerControl, read_config_space, take_queue,
 };
 
 /// `VIRTIO_CONSOLE_F_SIZE` (§5.3.3).
@@ -26,12 +34,16 @@ const MAX_INPUT: usize = 4096;
 const PIECE: usize = 4096;
 /// Output in one request. One that is as long as a chain may be would keep us from hearing of the end.
 const MAX_OUTPUT: u32 = 1 << 20;
+/// How long output waits for its reader: far below the 20 seconds after which Linux takes a processor for locked up.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often a driver is told of the terminal's size beside its changes; see [`ConsoleWorker::announce_size`].
+const ANNOUNCEMENTS: u8 = 8;
 
 const INPUT_QUEUE: u64 = 0;
 const OUTPUT_QUEUE: u64 = 1;
 const INPUT: u64 = 2;
 
-const NAME: &str = "console";
+const NAME: &str = Console::ID;
 
 /// The end of the console that a host's terminal is plugged into. Clones share it.
 #[derive(Clone)]
@@ -45,7 +57,16 @@ struct Shared {
     drained: Arc<EventFd>,
     /// Columns, and rows in the upper half.
     size: AtomicU32,
+    /// The size is a terminal's.
+    is_sized: AtomicBool,
     driver: Mutex<Option<Arc<Interrupt>>>,
+}
+
+/// What a console counts beside what it prints.
+#[derive(Clone, Debug, Default)]
+pub struct ConsoleCounters {
+    /// Bytes of output that nobody read.
+    pub dropped: Counter,
 }
 
 impl ConsolePort {
@@ -64,6 +85,7 @@ impl ConsolePort {
 
     /// Tells the guest the terminal's size (§5.3.4).
     pub fn set_size(&self, columns: u16, rows: u16) {
+        self.0.is_sized.store(true, Ordering::SeqCst);
         let size = u32::from(columns) | u32::from(rows) << 16;
         let change = || self.0.size.store(size, Ordering::SeqCst);
         match lock(&self.0.driver).as_ref() {
@@ -71,6 +93,19 @@ impl ConsolePort {
             Some(interrupt) => interrupt.change_config(change),
             None => change(),
         }
+    }
+
+    /// Columns and rows, as the guest is told them.
+    #[must_use]
+    pub fn size(&self) -> (u16, u16) {
+        let size = self.0.size.load(Ordering::SeqCst);
+        (size as u16, (size >> 16) as u16)
+    }
+
+    /// Whether a driver serves it.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        lock(&self.0.driver).is_some()
     }
 
     /// Takes input for the guest; says whether that was the last.
@@ -95,6 +130,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Console {
     port: ConsolePort,
     output: Arc<ConsoleOutput>,
+    counters: ConsoleCounters,
     worker: Option<Worker<ConsoleWorker>>,
 }
 
@@ -106,23 +142,35 @@ struct ConsoleWorker {
     into_guest: ActiveQueue,
     from_guest: ActiveQueue,
     chain: Chain,
+    counters: ConsoleCounters,
+    /// Nobody reads the output.
+    stalled: bool,
+    announcements: u8,
 }
 
 impl Console {
+    /// Its name in a VM, which has one at most.
+    pub const ID: &str = "hvc0";
+
     /// A console that prints to `output`, and signals `drained` when its input is used up.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn new(output: Arc<ConsoleOutput>, drained: Arc<EventFd>) -> io::Result<Self> {
+    pub fn new(
+        output: Arc<ConsoleOutput>,
+        drained: Arc<EventFd>,
+        counters: ConsoleCounters,
+    ) -> io::Result<Self> {
         let shared = Shared {
             input: Mutex::default(),
-            filled: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            filled: new_event()?,
             drained,
             // What a terminal has that says nothing.
             size: AtomicU32::new(80 | 25 << 16),
+            is_sized: AtomicBool::new(false),
             driver: Mutex::default(),
         };
-        Ok(Self { port: ConsolePort(Arc::new(shared)), output, worker: None })
+        Ok(Self { port: ConsolePort(Arc::new(shared)), output, counters, worker: None })
     }
 
     /// The host's end.
@@ -153,6 +201,10 @@ impl VirtioDevice for Console {
         read_config_space(&self.port.0.size.load(Ordering::SeqCst).to_le_bytes(), offset, data);
     }
 
+    fn keep(&self, kept: &mut Kept) {
+        kept.add("the virtio console has input", &self.port.0.filled);
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let worker = ConsoleWorker {
             into_guest: take_queue(&mut activation.queues, 0)?,
@@ -162,15 +214,25 @@ impl VirtioDevice for Console {
             port: self.port.clone(),
             output: self.output.clone(),
             chain: Chain::default(),
+            counters: self.counters.clone(),
+            stalled: false,
+            announcements: ANNOUNCEMENTS,
         };
         self.worker = Some(Worker::start(NAME, activation.confined, worker)?);
         *lock(&self.port.0.driver) = Some(activation.interrupt);
         Ok(())
     }
 
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.worker.iter().map(Worker::control).collect()
+    }
+
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
         *lock(&self.port.0.driver) = None;
+        // Its thread may be waiting for a reader.
+        self.output.let_vcpus_leave(true);
         let worker = self.worker.take().and_then(Worker::stop);
+        self.output.let_vcpus_leave(false);
         worker.map(|w| vec![w.into_guest, w.from_guest]).unwrap_or_default()
     }
 }
@@ -213,6 +275,7 @@ impl ConsoleWorker {
                 return Ok(());
             }
             if queue.pop(memory, &mut self.chain)? {
+                Self::announce_size(&mut self.announcements, &self.port, &self.interrupt);
                 let mut bytes = [0; PIECE];
                 let room = (self.chain.writable_len() as usize).min(PIECE);
                 let (count, last) = self.port.take(&mut bytes[..room]);
@@ -232,44 +295,66 @@ impl ConsoleWorker {
         Ok(())
     }
 
-    /// Prints what the guest offers. Where the host's reader is slow, the guest waits for its buffers.
+    /// Linux reads the size when it is told of a change, not when it starts, and forgets what it is told while it
+    /// starts. So it is told again with the first input of a terminal: somebody is there, and the driver is up.
+    fn announce_size(left: &mut u8, port: &ConsolePort, interrupt: &Interrupt) {
+        if *left > 0 && port.0.is_sized.load(Ordering::SeqCst) {
+            *left -= 1;
+            interrupt.config_changed();
+        }
+    }
+
+    /// Prints what the guest offers.
     fn print(&mut self) -> Result<(), QueueError> {
-        let (memory, queue) = (self.memory.guest(), &mut self.from_guest.queue);
-        queue.disable_notify(memory)?;
-        for _ in 0..queue.size() {
-            if queue.pop(memory, &mut self.chain)? {
-                print_chain(memory, &self.chain, &self.output)?;
+        let memory = self.memory.clone();
+        let memory = memory.guest();
+        self.from_guest.queue.disable_notify(memory)?;
+        for _ in 0..self.from_guest.queue.size() {
+            // The rest comes later, where there is a later: the device is being stopped, or the VM pauses.
+            if self.output.is_leaving() {
+                break;
+            }
+            if self.from_guest.queue.pop(memory, &mut self.chain)? {
+                self.print_chain(memory)?;
+                let queue = &mut self.from_guest.queue;
                 queue.push_used(memory, self.chain.head(), 0)?;
                 if queue.publish(memory)? {
                     self.interrupt.used_buffer();
                 }
-            } else if !queue.enable_notify(memory)? {
+            } else if !self.from_guest.queue.enable_notify(memory)? {
                 return Ok(());
             }
         }
         self.from_guest.serve_again();
         Ok(())
     }
-}
 
-fn print_chain(
-    memory: &vm_memory::GuestMemoryMmap,
-    chain: &Chain,
-    mut output: &ConsoleOutput,
-) -> Result<(), QueueError> {
-    let len = chain.readable_len();
-    if len > MAX_OUTPUT {
-        return Err(QueueError::Shape);
+    fn print_chain(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        let len = self.chain.readable_len();
+        if len > MAX_OUTPUT {
+            return Err(QueueError::Shape);
+        }
+        let mut bytes = [0; PIECE];
+        for offset in (0..len).step_by(PIECE) {
+            let bytes = &mut bytes[..PIECE.min((len - offset) as usize)];
+            self.chain.read(memory, offset, bytes)?;
+            if self.is_read() {
+                // A buffer in memory: it takes all, and never fails.
+                let _ = (&*self.output).write_all(bytes);
+            } else {
+                self.counters.dropped.add(bytes.len() as u64);
+            }
+        }
+        Ok(())
     }
-    let mut bytes = [0; PIECE];
-    for offset in (0..len).step_by(PIECE) {
-        let bytes = &mut bytes[..PIECE.min((len - offset) as usize)];
-        chain.read(memory, offset, bytes)?;
-        output.wait_for_room();
-        // A buffer in memory: it takes all, and never fails.
-        let _ = output.write_all(bytes);
+
+    /// Whether there is room for output, or will be soon: one who did not make any in time is not waited for again
+    /// before there is some.
+    fn is_read(&mut self) -> bool {
+        let limit = if self.stalled { Duration::ZERO } else { PATIENCE };
+        self.stalled = !self.output.has_room_within(limit);
+        !self.stalled
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -280,7 +365,7 @@ mod tests {
     fn start() -> (Driver, ConsolePort, Arc<ConsoleOutput>, Arc<EventFd>) {
         let output = Arc::new(ConsoleOutput::default());
         let drained = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let console = Console::new(output.clone(), drained.clone()).unwrap();
+        let console = Console::new(output.clone(), drained.clone(), ConsoleCounters::default()).unwrap();
         let port = console.port();
         (Driver::start(Box::new(console), &[16, 16]), port, output, drained)
     }
@@ -330,6 +415,63 @@ mod tests {
         driver.write(0x70, 0);
         port.set_size(100, 50);
         assert_eq!(driver.read(0x60), 0, "nobody is there");
+    }
+
+    #[test]
+    fn the_first_input_tells_the_terminals_size() {
+        let (mut driver, port, ..) = start();
+        let mut feed = |port: &ConsolePort| {
+            let buffer = driver.buffer(8);
+            driver.offer(0, &[], &[buffer]);
+            assert_eq!(port.send(b"x"), 1);
+            driver.wait_used(0);
+            let status = driver.read(0x60);
+            driver.write(0x64, status);
+            status & 2
+        };
+        assert_eq!(feed(&port), 0, "no terminal, no size");
+        port.set_size(132, 43);
+        let told = (0..100).filter(|_| feed(&port) != 0).count();
+        assert_eq!(told, usize::from(ANNOUNCEMENTS), "not with each key");
+        assert!(port.is_active());
+        assert_eq!(port.size(), (132, 43));
+    }
+
+    #[test]
+    fn a_stalled_reader_costs_output_and_not_the_guest() {
+        let dropped = Counter::default();
+        let output = Arc::new(ConsoleOutput::default());
+        let drained = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let counters = ConsoleCounters { dropped: dropped.clone() };
+        let console = Console::new(output.clone(), drained, counters).unwrap();
+        let mut driver = Driver::start(Box::new(console), &[16, 16]);
+        let buffer = driver.filled(&[b'x'; 16 << 10]);
+        // 4 MiB, of which nothing is read.
+        for _ in 0..256 {
+            driver.offer(1, &[buffer], &[]);
+            driver.wait_used(1);
+        }
+        let unwritten = output.unwritten() as u64;
+        assert!(unwritten <= 64 << 10, "{unwritten}");
+        assert_eq!(unwritten + dropped.get(), 4 << 20);
+        // Somebody reads again, and nothing more is dropped.
+        let before = (output.take().unwrap().len(), dropped.get()).1;
+        driver.offer(1, &[buffer], &[]);
+        driver.wait_used(1);
+        assert_eq!((output.unwritten(), dropped.get()), (16 << 10, before));
+    }
+
+    #[test]
+    fn a_reset_does_not_wait_for_the_reader() {
+        let (mut driver, ..) = start();
+        let buffer = driver.filled(&vec![b'x'; 1 << 20]);
+        for _ in 0..16 {
+            driver.post(1, &[buffer], &[]);
+        }
+        driver.notify(1);
+        let begin = std::time::Instant::now();
+        driver.write(0x70, 0);
+        assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
     }
 
     #[test]

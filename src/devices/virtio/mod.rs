@@ -9,6 +9,9 @@ pub mod block;
 mod chain;
 pub mod console;
 mod interrupt;
+mod pause;
+#[cfg(test)]
+mod pause_tests;
 mod queue;
 #[cfg(test)]
 mod queue_tests;
@@ -28,6 +31,7 @@ use crate::vm::Memory;
 
 pub use chain::{Chain, Segment, slice};
 pub use interrupt::Interrupt;
+pub use pause::WorkerControl;
 pub use queue::{MAX_QUEUE_SIZE, Queue, QueueError, QueueSetup};
 pub use transport::{MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VmmThread, VmmThreadJobs};
 pub use worker::{Served, Worker};
@@ -123,6 +127,9 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// The device cannot start. It is as it was before the call.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// The threads that serve it, which a pause of the VM stops. What touches guest memory for it in another way, as the
+    /// kernel does, must have a thread here that waits for that ([`Served::drain`]).
+    fn workers(&self) -> Vec<WorkerControl>;
     /// Stops serving: when this returns, nothing of what the driver had offered is touched any more. The queues come
     /// back, for a snapshot; a reset drops them. Does nothing where the device is not active.
     fn quiesce(&mut self) -> Vec<ActiveQueue>;

@@ -13,7 +13,7 @@ use crate::vm::Memory;
 
 use super::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, QueueError, Served, VirtioDevice,
-    Worker, take_queue,
+    Worker, WorkerControl, take_queue,
 };
 
 /// Linux asks for 64 bytes at a time.
@@ -106,6 +106,10 @@ impl VirtioDevice for Rng {
         };
         self.worker = Some(Worker::start(NAME, activation.confined, worker)?);
         Ok(())
+    }
+
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.worker.iter().map(Worker::control).collect()
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {

@@ -2,15 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::sandbox::{Confined, ThreadKind};
 
 use super::ActivateError;
+use super::pause::{Next, WorkerControl};
 
 /// What a device's thread does, event by event.
 pub trait Served: Send + 'static {
@@ -18,11 +17,14 @@ pub trait Served: Send + 'static {
     fn events(&self) -> Vec<(RawFd, EventSet, u64)>;
     /// Descriptor `token` is ready. `epoll` is there to wait for more, or for less.
     fn event(&mut self, token: u64, ready: EventSet, epoll: &Epoll);
+    /// Waits for what others do for it, as the kernel with io_uring: until the next event nothing may touch guest
+    /// memory. Called on the device's own thread, before a pause and after the last event.
+    fn drain(&mut self) {}
     /// Called once, on the device's own thread, after the last event: nothing may touch the queues afterwards.
     fn stop(&mut self) {}
 }
 
-const STOP: u64 = u64::MAX;
+const CONTROL: u64 = u64::MAX;
 /// Enough for a device's call depth and the largest header on the stack.
 const STACK: usize = 256 << 10;
 /// Events taken at once.
@@ -30,7 +32,7 @@ const BATCH: usize = 16;
 
 /// A running device's thread. [`Worker::stop`] ends it and gives the device's state back.
 pub struct Worker<S> {
-    stop: Arc<EventFd>,
+    control: WorkerControl,
     thread: JoinHandle<Option<S>>,
 }
 
@@ -40,30 +42,36 @@ impl<S: Served> Worker<S> {
     /// # Errors
     /// The host has no thread or descriptor left, or cannot confine it.
     pub fn start(name: &str, confined: Confined, mut state: S) -> Result<Self, ActivateError> {
-        let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let control = WorkerControl::new(name)?;
         let epoll = Epoll::new()?;
         let watch = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
-        watch(stop.as_raw_fd(), EventSet::IN, STOP)?;
+        watch(control.as_raw_fd(), EventSet::IN, CONTROL)?;
         for (fd, set, token) in state.events() {
             watch(fd, set, token)?;
         }
-        let stop_event = stop.clone();
+        let own_control = control.clone();
         let thread = confined.spawn(ThreadKind::Worker, name.into(), STACK, move || {
-            serve(&mut state, &epoll);
-            drop(stop_event);
+            // However the thread ends, nobody waits for it any more.
+            let _ending = own_control.ends_with_this();
+            serve(&mut state, &epoll, &own_control);
             state
         })?;
-        Ok(Self { stop, thread })
+        Ok(Self { control, thread })
+    }
+
+    /// The way to pause it.
+    pub fn control(&self) -> WorkerControl {
+        self.control.clone()
     }
 
     /// Ends the thread and waits for it. `None`: it panicked, and its state is lost.
     pub fn stop(self) -> Option<S> {
-        let _ = self.stop.write(1);
+        self.control.stop();
         self.thread.join().ok().flatten()
     }
 }
 
-fn serve<S: Served>(state: &mut S, epoll: &Epoll) {
+fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
     let mut events = [EpollEvent::default(); BATCH];
     loop {
         let count = match epoll.wait(-1, &mut events) {
@@ -74,13 +82,153 @@ fn serve<S: Served>(state: &mut S, epoll: &Epoll) {
                 break;
             }
         };
-        if events[..count].iter().any(|e| e.data() == STOP) {
-            break;
+        // Before the others: what they ask for comes after a pause, or never.
+        if events[..count].iter().any(|e| e.data() == CONTROL) {
+            match control.obey(|| state.drain()) {
+                Next::Serve => continue,
+                Next::End => break,
+            }
         }
         for event in &events[..count] {
             let ready = EventSet::from_bits_truncate(event.events());
             state.event(event.data(), ready, epoll);
         }
     }
+    state.drain();
     state.stop();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::mpsc::{self, Receiver, Sender};
+    use std::time::{Duration, Instant};
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+
+    /// Counts its events without end, and drains when it may.
+    struct Counting {
+        event: EventFd,
+        count: Arc<AtomicU64>,
+        draining: Sender<()>,
+        may_drain: Receiver<()>,
+        panics: Arc<AtomicBool>,
+    }
+
+    impl Served for Counting {
+        fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
+            vec![(self.event.as_raw_fd(), EventSet::IN, 0)]
+        }
+
+        fn event(&mut self, _token: u64, _ready: EventSet, _epoll: &Epoll) {
+            // The event is never read: always ready, as a hostile guest's queue.
+            self.count.fetch_add(1, Ordering::SeqCst);
+            assert!(!self.panics.load(Ordering::SeqCst), "as asked");
+        }
+
+        fn drain(&mut self) {
+            let _ = self.draining.send(());
+            let _ = self.may_drain.recv();
+        }
+    }
+
+    struct Rig {
+        worker: Worker<Counting>,
+        count: Arc<AtomicU64>,
+        draining: Receiver<()>,
+        let_drain: Sender<()>,
+        panics: Arc<AtomicBool>,
+    }
+
+    fn rig() -> Rig {
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        event.write(1).unwrap();
+        let ((draining, drains), (let_drain, may_drain)) = (mpsc::channel(), mpsc::channel());
+        let (count, panics) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let state = Counting { event, count: count.clone(), draining, may_drain, panics: panics.clone() };
+        let worker = Worker::start("counting", Confined::not(), state).unwrap();
+        Rig { worker, count, draining: drains, let_drain, panics }
+    }
+
+    impl Rig {
+        fn wait_for_events(&self) {
+            let (before, begin) = (self.count.load(Ordering::SeqCst), Instant::now());
+            while self.count.load(Ordering::SeqCst) == before {
+                assert!(begin.elapsed() < Duration::from_secs(10), "it does nothing");
+                std::thread::yield_now();
+            }
+        }
+
+        fn assert_still(&self) {
+            let before = self.count.load(Ordering::SeqCst);
+            for _ in 0..1000 {
+                std::thread::yield_now();
+            }
+            assert_eq!(self.count.load(Ordering::SeqCst), before, "it works while it is paused");
+        }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn a_paused_worker_does_nothing_until_it_is_resumed() {
+        let rig = rig();
+        let control = rig.worker.control();
+        for _ in 0..3 {
+            rig.wait_for_events();
+            rig.let_drain.send(()).unwrap();
+            control.ask_to_pause();
+            assert!(control.is_paused_by(soon()));
+            rig.assert_still();
+            // Once more is the same.
+            control.ask_to_pause();
+            assert!(control.is_paused_by(soon()));
+            control.resume();
+        }
+        rig.wait_for_events();
+        drop(rig.let_drain);
+        assert!(rig.worker.stop().is_some());
+    }
+
+    #[test]
+    fn a_pause_takes_as_long_as_the_drain_and_can_be_given_up() {
+        let rig = rig();
+        let control = rig.worker.control();
+        rig.wait_for_events();
+        control.ask_to_pause();
+        rig.draining.recv().unwrap();
+        assert!(!control.is_paused_by(Instant::now() + Duration::from_millis(20)));
+        control.resume();
+        rig.let_drain.send(()).unwrap();
+        rig.wait_for_events();
+        drop(rig.let_drain);
+        rig.worker.stop().unwrap();
+    }
+
+    #[test]
+    fn a_paused_worker_can_be_stopped() {
+        let rig = rig();
+        drop(rig.let_drain);
+        let control = rig.worker.control();
+        control.ask_to_pause();
+        assert!(control.is_paused_by(soon()));
+        assert!(rig.worker.stop().is_some());
+        assert!(control.is_paused_by(soon()), "what has ended does nothing");
+    }
+
+    #[test]
+    fn a_worker_that_panicked_holds_no_pause_up() {
+        let rig = rig();
+        let control = rig.worker.control();
+        rig.panics.store(true, Ordering::SeqCst);
+        drop(rig.let_drain);
+        control.ask_to_pause();
+        assert!(control.is_paused_by(soon()));
+        assert!(rig.worker.stop().is_none_or(|_| true));
+    }
 }

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
-use vmm_sys_util::timerfd::TimerFd;
 
+use crate::devices::timer::Timer;
 use crate::vm::Memory;
 
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Served};
@@ -30,7 +31,8 @@ const MAX_STATS: usize = 64;
 /// The statistics queue. The driver's buffer waits here until the next answer is wanted (§5.5.6.3).
 pub(super) struct Stats {
     pub requests: ActiveQueue,
-    pub timer: TimerFd,
+    pub interval: Duration,
+    pub timer: Timer,
     pub waiting: Option<u16>,
 }
 
@@ -183,8 +185,9 @@ impl Stats {
 
     /// It is time for the next answer.
     fn tick(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
-        // It is readable, so this does not wait.
-        let _ = self.timer.wait();
+        self.timer.acknowledge();
+        // Fails for times that no interval is.
+        let _ = self.timer.set(self.interval);
         if interrupt.is_reset_needed() { Ok(()) } else { self.ask(memory, interrupt) }
     }
 

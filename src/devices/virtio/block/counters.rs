@@ -1,27 +1,50 @@
 //! What a disk has done, for those who watch it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::metrics::{Counter, Group, Metric};
+
+const READS: Metric = Metric::counter("microvm_disk_reads_total", "Reads that succeeded.");
+const WRITES: Metric = Metric::counter("microvm_disk_writes_total", "Writes that succeeded.");
+const READ_BYTES: Metric = Metric::counter("microvm_disk_read_bytes_total", "Bytes of reads that succeeded.");
+const WRITTEN_BYTES: Metric =
+    Metric::counter("microvm_disk_written_bytes_total", "Bytes of writes that succeeded.");
+const FLUSHES: Metric = Metric::counter("microvm_disk_flushes_total", "Flushes that succeeded.");
+const ERRORS: Metric = Metric::counter(
+    "microvm_disk_errors_total",
+    "Requests of any kind that ended with another status than OK.",
+);
+const THROTTLED: Metric =
+    Metric::counter("microvm_disk_throttled_total", "Times that a queue had to wait for iops or bandwidth.");
 
 /// Counts since the VM's start. They only grow.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct BlockCounters {
     /// Reads that succeeded.
-    pub reads: AtomicU64,
+    pub reads: Counter,
     /// Writes that succeeded.
-    pub writes: AtomicU64,
+    pub writes: Counter,
     /// Bytes of these reads.
-    pub read_bytes: AtomicU64,
+    pub read_bytes: Counter,
     /// Bytes of these writes.
-    pub write_bytes: AtomicU64,
+    pub written_bytes: Counter,
     /// Flushes that succeeded.
-    pub flushes: AtomicU64,
+    pub flushes: Counter,
     /// Requests of any kind that ended with another status than OK.
-    pub errors: AtomicU64,
+    pub errors: Counter,
     /// Times that a queue had to wait for `iops` or `bandwidth`.
-    pub throttled: AtomicU64,
+    pub throttled: Counter,
 }
 
-/// Adds to a counter, which nothing else is ordered by.
-pub(super) fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
+impl BlockCounters {
+    /// Counters of a disk, registered in its group.
+    pub(super) fn new(group: &Group) -> Self {
+        Self {
+            reads: group.counter(READS),
+            writes: group.counter(WRITES),
+            read_bytes: group.counter(READ_BYTES),
+            written_bytes: group.counter(WRITTEN_BYTES),
+            flushes: group.counter(FLUSHES),
+            errors: group.counter(ERRORS),
+            throttled: group.counter(THROTTLED),
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! Each queue has a thread of its own (`worker.rs`), which has io_uring or a pool of threads do the work (`engine.rs`),
 //! so that a slow disk holds up neither vCPUs nor other devices.
 
+mod control;
 mod counters;
 mod engine;
 mod image;
@@ -13,20 +14,25 @@ mod tests;
 mod worker;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DiskConfig, DiskEngine};
-use crate::devices::rate_limiter::RateLimiter;
+use crate::devices::DeviceControl;
 use crate::devices::timer::Timer;
+use crate::metrics::Registry;
 use crate::sandbox::Kept;
+use crate::sys::event::new_event;
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
-use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, WorkerControl,
+    read_config_space,
+};
 use engine::{Engine, Pool};
 use image::Image;
 use worker::{BlockWorker, Shared, WorkerParts};
@@ -99,7 +105,7 @@ struct QueueParts {
 
 impl QueueParts {
     fn new(uring: bool) -> io::Result<Self> {
-        let done = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let done = Arc::new(new_event()?);
         let ring = if uring { Some(Ring::new(QUEUE_SIZE, &done)?) } else { None };
         Ok(Self { ring, done, timer: Timer::new()? })
     }
@@ -118,24 +124,25 @@ pub struct Block {
 }
 
 impl Block {
-    /// Opens and locks the image of `config` for a VM with so many vCPUs. `place`: its number among disks.
+    /// Opens and locks the image of `config` for a VM with so many vCPUs, and counts in `metrics`. `place`: its number
+    /// among disks.
     ///
     /// # Errors
     /// The image cannot be used, or the host is short of something.
-    pub fn open(config: &DiskConfig, place: usize, cpus: u32) -> Result<Self, BlockError> {
+    pub fn open(
+        config: &DiskConfig,
+        place: usize,
+        cpus: u32,
+        metrics: &Registry,
+    ) -> Result<Self, BlockError> {
         let image = Image::open(config)?;
         let host = |source| BlockError::Host { path: config.path.clone(), source };
         let uring = use_uring(config)?;
         let queues = cpus.clamp(1, MAX_QUEUES) as usize;
         let parts = (0..queues).map(|_| QueueParts::new(uring).map(Some)).collect::<Result<_, _>>();
-        let shared = Shared {
-            id: config.name(place),
-            image,
-            limiter: Mutex::new(RateLimiter::new(config.iops, config.bandwidth.map(|b| b.0))),
-            counters: Arc::default(),
-            writeback: AtomicBool::new(true),
-            complained: AtomicBool::new(false),
-        };
+        let id = config.name(place);
+        let counters = BlockCounters::new(&metrics.group(&[("device", &id)]));
+        let shared = Shared::new(id, image, counters, (config.iops, config.bandwidth.map(|b| b.0)));
         Ok(Self {
             shared: Arc::new(shared),
             uring,
@@ -148,8 +155,14 @@ impl Block {
 
     /// What it has done so far.
     #[must_use]
-    pub fn counters(&self) -> Arc<BlockCounters> {
+    pub fn counters(&self) -> BlockCounters {
         self.shared.counters.clone()
+    }
+
+    /// It in the list of devices: its limits can be changed.
+    #[must_use]
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        Box::new(control::BlockControl(self.shared.clone()))
     }
 
     fn config_space(&self) -> [u8; CONFIG_LEN] {
@@ -176,9 +189,12 @@ impl Block {
 
     fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
         let index = usize::from(queue.index);
-        // Lost only with a thread that panicked.
-        let parts = self.parts.get_mut(index).and_then(Option::take);
-        let parts = parts.map_or_else(|| QueueParts::new(self.uring), Ok)?;
+        let parts = match self.parts.get_mut(index).and_then(Option::take) {
+            Some(parts) => parts,
+            // Lost with a thread that panicked or could not be started. A confined process makes no new ring.
+            None if self.uring => return Err(io::Error::other("its io_uring is gone").into()),
+            None => QueueParts::new(false)?,
+        };
         let engine = match (parts.ring, &self.pool) {
             (Some(ring), _) => Engine::Uring(Box::new(ring)),
             (None, Some(pool)) => pool.client(parts.done.clone()).map(Engine::Threads).ok_or_else(no_pool)?,
@@ -195,6 +211,7 @@ impl Block {
             done: parts.done,
             timer: parts.timer,
         });
+        self.shared.limits_change_for(worker.queue.notify.clone());
         self.workers.push(Worker::start(&name, activation.confined, worker)?);
         Ok(())
     }
@@ -299,7 +316,12 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn workers(&self) -> Vec<WorkerControl> {
+        self.workers.iter().map(Worker::control).collect()
+    }
+
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
+        self.shared.forget_queues();
         let mut queues = Vec::new();
         for worker in self.workers.drain(..) {
             let Some(worker) = worker.stop() else { continue };

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -11,6 +10,7 @@ use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bus::BusDevice;
+use crate::metrics::Counter;
 
 use super::super::testing::{Buffer, Driver};
 use super::*;
@@ -25,7 +25,7 @@ const UNSUPPORTED: u8 = 2;
 struct Rig {
     file: NamedTempFile,
     driver: Driver,
-    counters: Arc<BlockCounters>,
+    counters: BlockCounters,
 }
 
 fn image(len: u64) -> NamedTempFile {
@@ -43,7 +43,7 @@ fn config(file: &NamedTempFile, options: &str) -> DiskConfig {
 
 fn rig_with(options: &str, features: u64) -> Rig {
     let file = image(SECTORS * SECTOR);
-    let block = Block::open(&config(&file, options), 0, 1).unwrap();
+    let block = Block::open(&config(&file, options), 0, 1, &Registry::default()).unwrap();
     let counters = block.counters();
     Rig { file, driver: Driver::start_with(Box::new(block), &[QUEUE_SIZE], features), counters }
 }
@@ -83,8 +83,8 @@ impl Rig {
         bytes
     }
 
-    fn count(&self, counter: impl Fn(&BlockCounters) -> &AtomicU64) -> u64 {
-        counter(&self.counters).load(Ordering::Relaxed)
+    fn count(&self, counter: impl Fn(&BlockCounters) -> &Counter) -> u64 {
+        counter(&self.counters).get()
     }
 }
 
@@ -93,7 +93,7 @@ const ENGINES: [&str; 3] = [",engine=uring", ",engine=threads", ",engine=threads
 /// The engines that this host has.
 fn rigs() -> Vec<Rig> {
     let file = image(512);
-    let works = |options: &&&str| Block::open(&config(&file, options), 0, 1).is_ok();
+    let works = |options: &&&str| Block::open(&config(&file, options), 0, 1, &Registry::default()).is_ok();
     ENGINES.iter().filter(works).map(|options| rig(options)).collect()
 }
 
@@ -105,7 +105,7 @@ fn what_is_written_is_read() {
         assert_eq!(rig.on_host()[3 * 512..6 * 512], [[0x55; 512], [0x55; 512], [5; 512]].concat());
         assert_eq!(rig.ask(0, 4, &[], 1024).2, [[0x55; 512], [5; 512]].concat());
         assert_eq!((rig.count(|c| &c.reads), rig.count(|c| &c.read_bytes)), (2, 2048));
-        assert_eq!((rig.count(|c| &c.writes), rig.count(|c| &c.write_bytes)), (1, 1024));
+        assert_eq!((rig.count(|c| &c.writes), rig.count(|c| &c.written_bytes)), (1, 1024));
         assert_eq!(rig.count(|c| &c.errors), 0);
     }
 }
@@ -192,7 +192,7 @@ fn a_flush_belongs_to_its_feature() {
 #[test]
 fn write_through_is_the_drivers_choice() {
     let file = image(4096);
-    let block = Block::open(&config(&file, ""), 0, 1).unwrap();
+    let block = Block::open(&config(&file, ""), 0, 1, &Registry::default()).unwrap();
     let shared = block.shared.clone();
     let writeback = || shared.writeback.load(Ordering::Relaxed);
     let mut driver = Driver::start_with(Box::new(block), &[16], !(F_FLUSH | F_CONFIG_WCE));
@@ -243,7 +243,7 @@ fn ranges_become_zeros() {
 #[test]
 fn a_discard_frees_the_hosts_blocks() {
     let file = image(1 << 20);
-    let block = Block::open(&config(&file, ""), 0, 1).unwrap();
+    let block = Block::open(&config(&file, ""), 0, 1, &Registry::default()).unwrap();
     let counters = block.counters();
     let driver = Driver::start(Box::new(block), &[16]);
     let before = file.as_file().metadata().unwrap().blocks();
@@ -372,6 +372,54 @@ fn limits_hold() {
     assert!(begin.elapsed() >= Duration::from_millis(99));
 }
 
+/// What a queue had goes with a thread that panicked, and a confined process cannot make all of it anew.
+#[test]
+fn a_queue_whose_ring_is_lost_asks_for_a_reset() {
+    for (engine, status) in [(",engine=uring", 15 | 64), (",engine=threads", 15)] {
+        let file = image(512);
+        let Ok(mut block) = Block::open(&config(&file, engine), 0, 1, &Registry::default()) else { continue };
+        block.parts[0] = None;
+        let mut driver = Driver::new(Box::new(block));
+        driver.negotiate(u64::MAX);
+        driver.set_up_queue(0, 16);
+        driver.write(0x70, 15);
+        assert_eq!(driver.read(0x70), status, "{engine}");
+    }
+}
+
+#[test]
+fn limits_change_while_a_request_waits() {
+    let file = image(SECTORS * SECTOR);
+    // The second request would have its turn after a day.
+    let registry = Registry::default();
+    let block = Block::open(&config(&file, ",bandwidth=1,id=slow"), 0, 1, &registry).unwrap();
+    let (counters, mut control) = (block.counters(), block.control());
+    let mut rig = Rig { file, driver: Driver::start(Box::new(block), &[QUEUE_SIZE]), counters };
+    let change = |control: &mut Box<dyn DeviceControl>, text: &str| {
+        control.change(serde_json::from_str(text).unwrap()).map_err(|e| e.to_string())
+    };
+    assert_eq!(rig.status(0, 0, &[], 32 << 10), OK);
+    let d = &mut rig.driver;
+    let (head, room, status) = (d.filled(&header(0, 0)), d.buffer(512), d.buffer(1));
+    d.offer(0, &[head], &[room, status]);
+    rig.driver.wait("it was not throttled", |_| (rig.counters.throttled.get() > 0).then_some(()));
+    assert_eq!(rig.driver.try_used(0), None);
+    change(&mut control, r#"{"bandwidth": "1G", "iops": 5000}"#).unwrap();
+    rig.driver.wait_used(0);
+    let sizes = serde_json::json!({ "size": "32K", "readonly": false, "iops": 5000, "bandwidth": "1G" });
+    assert_eq!((control.id(), control.describe()), ("slow", sizes));
+    for wrong in
+        [r#"{"iops": 0}"#, r#"{"bandwidth": 0}"#, r#"{"iops": -1}"#, r#"{"iops": "x"}"#, r#"{"path": ""}"#]
+    {
+        assert!(change(&mut control, wrong).is_err(), "{wrong}");
+    }
+    assert!(change(&mut control, r#"{"iops": 0}"#).unwrap_err().contains("iops=0"));
+    change(&mut control, r#"{"bandwidth": null}"#).unwrap();
+    assert_eq!((&control.describe()["iops"], &control.describe()["bandwidth"]), (&5000.into(), &().into()));
+    let reads = registry.snapshot().value("microvm_disk_reads_total", &[("device", "slow")]);
+    assert_eq!(reads, Some(2));
+}
+
 #[test]
 fn a_throttled_disk_is_reset_at_once() {
     let mut rig = rig(",iops=1");
@@ -388,7 +436,7 @@ fn a_throttled_disk_is_reset_at_once() {
 #[test]
 fn the_configuration_space() {
     let file = image(10 * 512);
-    let block = Block::open(&config(&file, ""), 0, 4).unwrap();
+    let block = Block::open(&config(&file, ""), 0, 4, &Registry::default()).unwrap();
     assert_eq!(block.queue_sizes(), [QUEUE_SIZE; 4]);
     assert_ne!(block.features() & F_MQ, 0);
     let space = block.config_space();
@@ -399,7 +447,7 @@ fn the_configuration_space() {
     block.read_config(56, &mut past);
     assert_eq!(past, [1, 0, 0, 0, 0, 0, 0, 0]);
     drop(block);
-    let many = Block::open(&config(&file, ""), 0, 32).unwrap();
+    let many = Block::open(&config(&file, ""), 0, 32, &Registry::default()).unwrap();
     assert_eq!(many.queue_sizes().len(), 8);
 }
 
@@ -407,7 +455,7 @@ fn the_configuration_space() {
 fn every_queue_works() {
     for options in ENGINES {
         let file = image(4096);
-        let block = Block::open(&config(&file, options), 0, 4).unwrap();
+        let block = Block::open(&config(&file, options), 0, 4, &Registry::default()).unwrap();
         let mut driver = Driver::start(Box::new(block), &[16; 4]);
         for queue in 0..4 {
             let (head, room) = (driver.filled(&header(0, queue)), driver.buffer(513));
@@ -421,7 +469,7 @@ fn every_queue_works() {
 #[test]
 fn one_image_has_one_writer() {
     let file = image(4096);
-    let open = |options: &str| Block::open(&config(&file, options), 0, 1);
+    let open = |options: &str| Block::open(&config(&file, options), 0, 1, &Registry::default());
     let first = open("").unwrap();
     for options in ["", ",readonly"] {
         assert!(matches!(open(options), Err(BlockError::Image(ImageError::Locked(_)))));
@@ -436,13 +484,13 @@ fn one_image_has_one_writer() {
 #[test]
 fn an_odd_end_is_left_alone() {
     let file = image(1000);
-    let block = Block::open(&config(&file, ""), 0, 1).unwrap();
+    let block = Block::open(&config(&file, ""), 0, 1, &Registry::default()).unwrap();
     assert_eq!(block.shared.image.sectors, 1);
 }
 
 #[test]
 fn unaligned_memory_is_read_directly() {
-    let Ok(block) = Block::open(&config(&image(8192), ",direct"), 0, 1) else { return };
+    let Ok(block) = Block::open(&config(&image(8192), ",direct"), 0, 1, &Registry::default()) else { return };
     let mut driver = Driver::start(Box::new(block), &[16]);
     let (head, room) = (driver.filled(&header(0, 1)), driver.buffer(2000));
     driver.offer(0, &[head], &[(room.0 + 3, 513)]);
@@ -456,7 +504,7 @@ fn a_full_host_disk_is_an_io_error() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     assert_eq!(full.write_at(&[1], 0).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     let file = image(4096);
-    let mut block = Block::open(&config(&file, ""), 0, 1).unwrap();
+    let mut block = Block::open(&config(&file, ""), 0, 1, &Registry::default()).unwrap();
     Arc::get_mut(&mut block.shared).unwrap().image.replace_file(full);
     let counters = block.counters();
     let mut rig = Rig { file, driver: Driver::start(Box::new(block), &[16]), counters };

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
@@ -16,7 +16,7 @@ use crate::sys::file_io::{Action, Buffers};
 use crate::vm::Memory;
 
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Served, slice};
-use super::counters::{BlockCounters, add};
+use super::counters::BlockCounters;
 use super::engine::{Engine, Operation};
 use super::image::Image;
 use super::request::{HEADER_LEN, ID_LEN, Limits, Request, Status, status_address};
@@ -32,13 +32,61 @@ pub struct Shared {
     /// Its file.
     pub image: Image,
     /// How much it may do.
-    pub limiter: Mutex<RateLimiter>,
+    limiter: Mutex<RateLimiter>,
+    /// Wakes the queues that may be waiting for the limiter.
+    queues: Mutex<Vec<Arc<EventFd>>>,
     /// What it has done.
-    pub counters: Arc<BlockCounters>,
+    pub counters: BlockCounters,
     /// Writes may stay in the host's cache until a flush.
     pub writeback: AtomicBool,
     /// An error of the host's was in the log: the guest can bring about as many as it likes.
     pub complained: AtomicBool,
+}
+
+/// Operations and bytes a second; `None`: any number.
+pub type Rates = (Option<u64>, Option<u64>);
+
+impl Shared {
+    /// A disk that no driver has found yet.
+    pub fn new(id: String, image: Image, counters: BlockCounters, limits: Rates) -> Self {
+        Self {
+            id,
+            image,
+            limiter: Mutex::new(RateLimiter::new(limits.0, limits.1)),
+            queues: Mutex::default(),
+            counters,
+            writeback: AtomicBool::new(true),
+            complained: AtomicBool::new(false),
+        }
+    }
+
+    /// How much it may do.
+    pub fn limits(&self) -> Rates {
+        lock(&self.limiter).rates()
+    }
+
+    /// Changes how much it may do, from now on: a queue that waits asks again.
+    pub fn set_limits(&self, limits: Rates) {
+        *lock(&self.limiter) = RateLimiter::new(limits.0, limits.1);
+        for queue in lock(&self.queues).iter() {
+            let _ = queue.write(1);
+        }
+    }
+
+    /// From now on `queue` is signalled when the limits change.
+    pub fn limits_change_for(&self, queue: Arc<EventFd>) {
+        lock(&self.queues).push(queue);
+    }
+
+    /// No queue waits any more.
+    pub fn forget_queues(&self) {
+        lock(&self.queues).clear();
+    }
+}
+
+/// What is behind it stays whole when a thread panics.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A request that the engine has.
@@ -141,7 +189,7 @@ impl BlockWorker {
         let request = match self.limits.parse(self.memory.guest(), &self.chain)? {
             Ok(request) => request,
             Err(error) => {
-                add(&self.shared.counters.errors, 1);
+                self.shared.counters.errors.increment();
                 self.finish(self.chain.head(), status, error, 0)?;
                 return Ok(true);
             }
@@ -159,9 +207,9 @@ impl BlockWorker {
 
     /// Asks the limiter, and sets the timer where it says no.
     fn may_begin(&self, request: &Request) -> bool {
-        let mut limiter = self.shared.limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut limiter = lock(&self.shared.limiter);
         let Err(wait) = limiter.take(1, request.bytes()) else { return true };
-        add(&self.shared.counters.throttled, 1);
+        self.shared.counters.throttled.increment();
         // Fails for times that no rate asks for.
         let _ = self.timer.set(wait);
         false
@@ -304,7 +352,7 @@ impl BlockWorker {
         };
         match status {
             Status::Ok => self.count(&pending.request),
-            _ => add(&self.shared.counters.errors, 1),
+            _ => self.shared.counters.errors.increment(),
         }
         self.finish(tag, pending.status, status, written)
     }
@@ -313,14 +361,14 @@ impl BlockWorker {
         let counters = &self.shared.counters;
         match request {
             Request::Read { len, .. } => {
-                add(&counters.reads, 1);
-                add(&counters.read_bytes, u64::from(*len));
+                counters.reads.increment();
+                counters.read_bytes.add(u64::from(*len));
             }
             Request::Write { len, .. } => {
-                add(&counters.writes, 1);
-                add(&counters.write_bytes, u64::from(*len));
+                counters.writes.increment();
+                counters.written_bytes.add(u64::from(*len));
             }
-            Request::Flush => add(&counters.flushes, 1),
+            Request::Flush => counters.flushes.increment(),
             _ => {}
         }
     }
@@ -411,7 +459,7 @@ impl Served for BlockWorker {
     }
 
     /// Waits for what is under way: afterwards nothing reaches guest memory any more.
-    fn stop(&mut self) {
+    fn drain(&mut self) {
         while self.in_flight > 0 {
             self.engine.wait();
             if let Err(e) = self.give_back() {
@@ -426,20 +474,16 @@ mod tests {
     use std::fs;
 
     use crate::config::DiskConfig;
+    use crate::metrics::Registry;
 
     use super::*;
 
     const LEN: u64 = 3 << 20;
 
     fn shared(path: &std::path::Path) -> Shared {
-        Shared {
-            id: "disk0".into(),
-            image: Image::open(&DiskConfig::new(path.into())).unwrap(),
-            limiter: Mutex::new(RateLimiter::new(None, None)),
-            counters: Arc::default(),
-            writeback: AtomicBool::new(true),
-            complained: AtomicBool::new(false),
-        }
+        let image = Image::open(&DiskConfig::new(path.into())).unwrap();
+        let counters = BlockCounters::new(&Registry::default().group(&[]));
+        Shared::new("disk0".into(), image, counters, (None, None))
     }
 
     fn zeroes(shared: &Shared) -> (Pending, Operation) {

@@ -2,7 +2,7 @@
 
 use crate::bus::{Action, BusDevice};
 
-use super::Transport;
+use super::{Transport, WorkerControl};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -27,6 +27,12 @@ impl MmioTransport {
     #[must_use]
     pub fn new(transport: Transport) -> Self {
         Self { transport, device_features_select: 0, driver_features_select: 0, queue_select: 0 }
+    }
+
+    /// The threads of the device, where it is active.
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerControl> {
+        self.transport.workers()
     }
 
     fn read_register(&self, offset: u64) -> u32 {

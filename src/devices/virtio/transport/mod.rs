@@ -15,7 +15,7 @@ use crate::vm::Memory;
 
 use super::{
     ActivateError, Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, Queue,
-    QueueSetup, VirtioDevice,
+    QueueSetup, VirtioDevice, WorkerControl,
 };
 
 pub use mmio::{MmioTransport, NOTIFY_OFFSET};
@@ -82,6 +82,12 @@ impl Transport {
         };
         transport.forget_driver();
         transport
+    }
+
+    /// The threads of the device, where it is active.
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerControl> {
+        self.device.as_ref().map(|d| d.workers()).unwrap_or_default()
     }
 
     /// The device's type number.

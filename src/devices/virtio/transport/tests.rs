@@ -9,7 +9,7 @@ use crate::bus::BusDevice;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::testing::Driver;
 use crate::devices::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, WorkerControl, read_config_space,
 };
 
 const STATUS: u64 = 0x70;
@@ -51,6 +51,9 @@ impl VirtioDevice for Stub {
     }
     fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
         if self.fails { Err(io::Error::from(io::ErrorKind::OutOfMemory).into()) } else { Ok(()) }
+    }
+    fn workers(&self) -> Vec<WorkerControl> {
+        Vec::new()
     }
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
         Vec::new()

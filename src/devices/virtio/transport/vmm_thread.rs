@@ -10,6 +10,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::sandbox::Confined;
+use crate::sys::event::new_event;
 
 type Job = Box<dyn FnOnce(Confined) + Send>;
 
@@ -32,7 +33,7 @@ impl VmmThread {
     /// # Errors
     /// No descriptor is left.
     pub fn new() -> io::Result<(Self, VmmThreadJobs)> {
-        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let wake = Arc::new(new_event()?);
         let (sender, jobs) = mpsc::channel();
         Ok((Self { jobs: Some(sender), wake: wake.clone() }, VmmThreadJobs { jobs, wake }))
     }
@@ -42,7 +43,7 @@ impl VmmThread {
     /// # Errors
     /// No descriptor is left.
     pub fn inline() -> io::Result<Self> {
-        Ok(Self { jobs: None, wake: Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?) })
+        Ok(Self { jobs: None, wake: Arc::new(new_event()?) })
     }
 
     /// Has `job` done, and waits for its result. `None`: the VM is being stopped.
