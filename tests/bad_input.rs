@@ -432,3 +432,75 @@ fn disk_options_that_are_none() {
     let names = host.boot(&kernel, &["--disk", "disk,id=disk1", "--disk", "disk"]).output().unwrap();
     assert_fails(&names, 2, &["--disk disk", "disk1", "id=NAME"]);
 }
+
+#[test]
+fn vsock_options_that_are_wrong() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let long = format!("cid=3,socket={}", "x".repeat(97));
+    let before = host.files();
+    for (value, words) in [
+        ("cid=0,socket=v", &["cid=0", "reserved"][..]),
+        ("cid=1,socket=v", &["cid=1", "reserved"]),
+        ("cid=2,socket=v", &["cid=2", "reserved"]),
+        ("cid=4294967295,socket=v", &["cid=4294967295", "reserved"]),
+        ("cid=4294967296,socket=v", &["cid=4294967296", "3 to 4294967294"]),
+        ("cid=+3,socket=v", &["cid=+3", "3 to 4294967294"]),
+        ("cid=,socket=v", &["cid=", "3 to 4294967294"]),
+        ("cid=3", &["socket=PATH is missing"]),
+        ("socket=v", &["cid=N is missing"]),
+        ("cid=3,socket=", &["socket=PATH", "empty path"]),
+        ("cid=3,socket=v,mtu=5", &["mtu=5", "allowed are cid=N and socket=PATH"]),
+        (&long, &["97 bytes", "at most 96"]),
+    ] {
+        let output = host.boot(&kernel, &["--vsock", value]).output().unwrap();
+        assert_fails(&output, 2, &[&["--vsock"], words].concat());
+    }
+    for (json, words) in [
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 2, "socket": "v"}}"#, "reserved"),
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 3}}"#, "missing field `socket`"),
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 3, "socket": "v", "uds": 1}}"#, "unknown field `uds`"),
+    ] {
+        host.file("vm.json", json.as_bytes());
+        assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);
+        std::fs::remove_file(host.dir.path().join("vm.json")).unwrap();
+    }
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn vsock_sockets_that_cannot_be() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    host.file("plain", b"x");
+    let path = host.dir.path().join("busy");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let before = host.files();
+    for (socket, words) in [
+        ("missing/v", "its folder"),
+        ("plain/v", "its folder"),
+        ("plain", "no socket"),
+        ("busy", "another program accepts connections"),
+        (".", "cannot listen"),
+    ] {
+        let output = host.boot(&kernel, &["--vsock", &format!("cid=3,socket={socket}")]).output().unwrap();
+        assert_fails(&output, 1, &[&format!("--vsock socket={socket}"), words]);
+    }
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn a_dead_vsock_socket_is_replaced_and_removed() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let path = host.dir.path().join("v");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let output = host.boot(&kernel, &["--vsock", "cid=3,socket=v"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("replaced"), "{}", stderr(&output));
+    assert!(!path.exists(), "the socket is left behind");
+    // Nor does a start that fails later leave one.
+    let flags = ["--vsock", "cid=3,socket=v", "--exit-code-port", "0x64"];
+    assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["--exit-code-port"]);
+    assert!(!path.exists(), "a failed start leaves its socket behind");
+}

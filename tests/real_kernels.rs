@@ -376,3 +376,44 @@ fn disk_on_a_full_host_disk_fails_and_the_vm_goes_on() {
     status(&output, 0);
     assert_eq!(fact(&stdout(&output), "still"), "here");
 }
+
+/// A folder that is writable in the emulated host, and short enough for a socket's path.
+fn vsock_run(name: &str, file: &str, flags: &[&str]) {
+    let dir = tempfile::TempDir::with_prefix_in("v", "/tmp").unwrap();
+    let socket = dir.path().join("s");
+    let mut host = Command::new("/usr/bin/python3");
+    // The system's own: a wrapper of a version manager takes minutes in the emulated host.
+    host.args(["-I", "-S", "-B"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/vsock.py"))
+        .arg(&socket);
+    let mut host = host.stdout(Stdio::piped()).spawn().unwrap();
+    read_until(&mut host, "listening");
+    let mut vm = Host::new().microvm(["boot", "--timeout", "900s", "--kernel"]);
+    vm.current_dir("/").arg(kernel(name).join(file)).arg("--initrd").arg(initrd(name)).args(flags);
+    vm.args(["--memory", "256M", "--exit-code-port", "0xf4", "--vsock"]);
+    vm.arg(format!("cid=3,socket={}", socket.display()));
+    vm.args(["--append", "microvm.exit_code_port=0xf4 -- /bin/vsock"]);
+    let mut vm = vm.stdout(Stdio::piped()).spawn().unwrap();
+    read_until(&mut vm, "serving");
+    let host = host.wait_with_output().unwrap();
+    assert!(host.status.success(), "{}", stdout(&host));
+    let vm = vm.wait_with_output().unwrap();
+    status(&vm, 0);
+    let text = stdout(&vm);
+    // The one whose program was killed; every other error would be another line.
+    assert!(text.contains("sending ended"), "{text}");
+    assert!(!text.contains("port "), "{text}");
+    assert!(!socket.exists(), "the socket is left behind");
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn vsock_with_stock_6_1() {
+    vsock_run("stock-6.1", "bzImage", &["--cpus", "2"]);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn vsock_with_tuned() {
+    vsock_run("tuned", "vmlinux", &[]);
+}

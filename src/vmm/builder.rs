@@ -23,7 +23,7 @@ use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
 use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::{Phase, Registry, Timeline};
-use crate::sandbox::{Kept, Layers, SandboxError};
+use crate::sandbox::{Kept, Layers, SandboxError, ThreadKind};
 use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, install_kick_handler};
 use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 
@@ -116,7 +116,8 @@ pub fn build(
     let serial = config.serial != Serial::Null;
     let files = BootFiles::open(&config.kernel)?;
     let mut controls = DeviceControls::default();
-    let devices = Devices::open(config, &metrics, &mut controls)?;
+    let mut devices = Devices::open(config, &metrics, &mut controls)?;
+    let services = devices.take_services();
     let slots = Slots::of(&devices, config.discovery);
     let cmdline_config =
         CmdlineConfig { serial, cpus: config.cpus, root: root(config), virtio: &slots.cmdline };
@@ -175,7 +176,7 @@ pub fn build(
     let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
     let output = console.as_ref().map(Console::output);
     let machine = Machine::new(controls, output, state, pauses);
-    let services = Vec::new();
+    let kind = if config.vsock.is_some() { ThreadKind::VmmWithVsock } else { ThreadKind::Vmm };
     Ok(Vmm {
         vcpus,
         reports,
@@ -188,6 +189,7 @@ pub fn build(
         memory,
         layers,
         kept,
+        kind,
         services,
     })
 }

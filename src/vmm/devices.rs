@@ -11,6 +11,7 @@ use crate::config::VmConfig;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
 };
@@ -18,6 +19,8 @@ use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
+
+use super::service::Service;
 
 /// A virtio device cannot be part of the VM.
 #[derive(Debug, Error)]
@@ -28,6 +31,9 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// The socket of `--vsock`.
+    #[error(transparent)]
+    Vsock(#[from] HostSocketError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -40,7 +46,10 @@ pub enum DeviceError {
 }
 
 /// The devices of a VM, not yet connected, each with its place.
-pub(super) struct Devices(Vec<(VirtioSlot, Box<dyn VirtioDevice>)>);
+pub(super) struct Devices {
+    placed: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
+    services: Vec<Box<dyn Service>>,
+}
 
 impl Devices {
     /// Opens what the devices of `config` need, and registers their counters in `metrics` and what they can be asked in
@@ -68,15 +77,27 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
+        let mut services: Vec<Box<dyn Service>> = Vec::new();
+        if let Some(vsock) = &config.vsock {
+            let (vsock, file) = Vsock::open(vsock.cid, &vsock.socket, metrics)?;
+            services.push(Box::new(file));
+            controls.add(vsock.control())?;
+            devices.push(Box::new(vsock));
+        }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self(virtio_slots().zip(devices).collect()))
+        Ok(Self { placed: virtio_slots().zip(devices).collect(), services })
+    }
+
+    /// What runs beside the guest for them.
+    pub(super) fn take_services(&mut self) -> Vec<Box<dyn Service>> {
+        std::mem::take(&mut self.services)
     }
 
     /// Where they are.
     pub(super) fn slots(&self) -> Vec<VirtioSlot> {
-        self.0.iter().map(|(slot, _)| *slot).collect()
+        self.placed.iter().map(|(slot, _)| *slot).collect()
     }
 
     /// Gives each its interrupt, its notifications and its place on the bus.
@@ -91,7 +112,7 @@ impl Devices {
         bus: &mut Bus,
         kept: &mut Kept,
     ) -> Result<(), DeviceError> {
-        for (slot, device) in self.0 {
+        for (slot, device) in self.placed {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));

@@ -17,7 +17,7 @@ use crate::bus::Action;
 use crate::devices::DeviceControls;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
-use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
+use crate::sandbox::{Confined, Kept, SandboxError};
 use crate::sys::signals::EndSignals;
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
@@ -221,7 +221,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
         manager.add_subscriber(Box::new(console.clone()));
     }
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
-    confined.confine_thread(ThreadKind::Vmm)?;
+    confined.confine_thread(vmm.kind)?;
 
     vmm.timeline.mark(Phase::FirstRun);
     // A VM that is built can run: the table of states says so.

@@ -14,6 +14,8 @@ use super::ActivateError;
 
 /// What a device's thread does, event by event.
 pub trait Served: Send + 'static {
+    /// What its thread is confined to.
+    const THREAD: ThreadKind = ThreadKind::Worker;
     /// The descriptors that it waits for, each with the token that [`Served::event`] gets.
     fn events(&self) -> Vec<(RawFd, EventSet, u64)>;
     /// Descriptor `token` is ready. `epoll` is there to wait for more, or for less.
@@ -48,7 +50,7 @@ impl<S: Served> Worker<S> {
             watch(fd, set, token)?;
         }
         let stop_event = stop.clone();
-        let thread = confined.spawn(ThreadKind::Worker, name.into(), STACK, move || {
+        let thread = confined.spawn(S::THREAD, name.into(), STACK, move || {
             serve(&mut state, &epoll);
             drop(stop_event);
             state

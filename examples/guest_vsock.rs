@@ -1,0 +1,153 @@
+//! The guest's side of the vsock tests in `tests/real_kernels.rs`: runs in a guest as `/bin/vsock`.
+//!
+//! It connects to the host's port 9000 and has what it sends counted there, then serves: 5 echoes, 6 counts until the
+//! end of data and then answers, 7 sends without end, 8 ends the program.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::mem::size_of;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::thread;
+
+use libc::{AF_VSOCK, SOCK_STREAM, VMADDR_CID_ANY, VMADDR_CID_HOST, sockaddr_vm, socklen_t};
+
+const HOST_PORT: u32 = 9000;
+
+fn check(result: i32) -> io::Result<i32> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A socket with `call`, bind or connect, done to `cid` and `port`.
+fn socket(
+    call: unsafe extern "C" fn(i32, *const libc::sockaddr, socklen_t) -> i32,
+    cid: u32,
+    port: u32,
+) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call.
+    let fd = check(unsafe { libc::socket(AF_VSOCK, SOCK_STREAM, 0) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: it holds integers only, for which zero is a value.
+    let mut address: sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = AF_VSOCK as u16;
+    (address.svm_cid, address.svm_port) = (cid, port);
+    // SAFETY: the address lives through the call and is as long as said.
+    check(unsafe { call(fd, (&raw const address).cast(), size_of::<sockaddr_vm>() as socklen_t) })?;
+    Ok(socket)
+}
+
+fn listen(port: u32) -> io::Result<OwnedFd> {
+    let socket = socket(libc::bind, VMADDR_CID_ANY, port)?;
+    // SAFETY: a plain system call.
+    check(unsafe { libc::listen(socket.as_raw_fd(), 256) })?;
+    Ok(socket)
+}
+
+fn accept(listener: &OwnedFd) -> io::Result<File> {
+    // SAFETY: null asks for no address.
+    let fd =
+        check(unsafe { libc::accept(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut()) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn shut_down(stream: &File, how: Shutdown) -> io::Result<()> {
+    let how = if how == Shutdown::Write { libc::SHUT_WR } else { libc::SHUT_RDWR };
+    // SAFETY: a plain system call.
+    check(unsafe { libc::shutdown(stream.as_raw_fd(), how) }).map(drop)
+}
+
+/// Bytes and their sum, which depends on their order.
+fn count(mut stream: &File) -> io::Result<String> {
+    let (mut total, mut sum) = (0u64, 0u32);
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(format!("{total} {sum}")),
+            len => {
+                total += len as u64;
+                sum = buffer[..len].iter().fold(sum, |s, b| s.wrapping_mul(31).wrapping_add(u32::from(*b)));
+            }
+        }
+    }
+}
+
+fn echo(mut stream: File) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return shut_down(&stream, Shutdown::Write),
+            len => stream.write_all(&buffer[..len])?,
+        }
+    }
+}
+
+fn answer_count(mut stream: File) -> io::Result<()> {
+    let text = count(&stream)?;
+    writeln!(stream, "{text}")
+}
+
+fn send_on(mut stream: File) -> io::Result<()> {
+    loop {
+        if let Err(e) = stream.write_all(&[7; 8192]) {
+            println!("sending ended: {:?}", e.kind());
+            return Ok(());
+        }
+    }
+}
+
+fn serve(port: u32, service: fn(File) -> io::Result<()>) -> io::Result<()> {
+    let listener = listen(port)?;
+    thread::spawn(move || {
+        while let Ok(stream) = accept(&listener) {
+            thread::spawn(move || {
+                if let Err(e) = service(stream) {
+                    println!("port {port}: {:?}", e.kind());
+                }
+            });
+        }
+    });
+    Ok(())
+}
+
+/// Sends 1 MiB to the host, ends it, and reads what the host counted.
+fn ask_host() -> io::Result<()> {
+    let mut stream = File::from(socket(libc::connect, VMADDR_CID_HOST, HOST_PORT)?);
+    let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
+    stream.write_all(&bytes)?;
+    shut_down(&stream, Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let sum = bytes.iter().fold(0u32, |s, b| s.wrapping_mul(31).wrapping_add(u32::from(*b)));
+    if answer.trim() == format!("{} {sum}", bytes.len()) {
+        println!("the host counted right");
+        return Ok(());
+    }
+    Err(io::Error::other(format!("the host counted {answer}")))
+}
+
+fn run() -> io::Result<()> {
+    ask_host()?;
+    match socket(libc::connect, VMADDR_CID_HOST, HOST_PORT + 1) {
+        Err(e) => println!("nobody listens: {:?}", e.kind()),
+        Ok(_) => return Err(io::Error::other("somebody accepts on a port where nobody listens")),
+    }
+    serve(5, echo)?;
+    serve(6, answer_count)?;
+    serve(7, send_on)?;
+    let end = listen(8)?;
+    println!("serving");
+    accept(&end).map(drop)
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("vsock: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

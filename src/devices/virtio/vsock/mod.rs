@@ -1,0 +1,108 @@
+//! The socket device (virtio 1.3 §5.10): connections between guest sockets and Unix sockets of the host.
+
+mod connection;
+mod control;
+mod counters;
+mod credit;
+mod host;
+mod muxer;
+mod packet;
+mod socket_file;
+#[cfg(test)]
+mod tests;
+mod thread;
+mod txbuf;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::devices::DeviceControl;
+use crate::metrics::Registry;
+use crate::sandbox::Kept;
+
+use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+
+pub use counters::VsockCounters;
+pub use muxer::MAX_CONNECTIONS;
+pub use socket_file::{HostSocketError, SocketFile};
+
+use control::VsockControl;
+use host::HostSocket;
+use muxer::Muxer;
+use thread::VsockThread;
+
+/// Receive, transmit and event queue (§5.10.2).
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+const NAME: &str = "vsock";
+
+/// The socket device.
+pub struct Vsock {
+    cid: u32,
+    host: Arc<HostSocket>,
+    counters: Arc<VsockCounters>,
+    worker: Option<Worker<VsockThread>>,
+}
+
+impl Vsock {
+    /// A device for a guest with this CID, which host programs reach at `socket`. They are heard once the guest's
+    /// driver is there. The socket's file goes when the second value is dropped, on a thread that may remove it.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn open(cid: u32, socket: &Path, metrics: &Registry) -> Result<(Self, SocketFile), HostSocketError> {
+        let (host, file) = HostSocket::bind(socket)?;
+        let counters = Arc::new(VsockCounters::new(metrics, NAME));
+        Ok((Self { cid, host: Arc::new(host), counters, worker: None }, file))
+    }
+
+    /// What goes through it, counted on and on over resets.
+    #[must_use]
+    pub fn counters(&self) -> Arc<VsockCounters> {
+        self.counters.clone()
+    }
+
+    /// It in the list of devices.
+    #[must_use]
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        let socket = self.host.path().to_path_buf();
+        Box::new(VsockControl { cid: self.cid, socket, counters: self.counters.clone() })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Vsock
+    }
+
+    fn id(&self) -> &str {
+        NAME
+    }
+
+    /// Stream sockets only (§5.10.3).
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&u64::from(self.cid).to_le_bytes(), offset, data);
+    }
+
+    fn keep(&self, kept: &mut Kept) {
+        kept.add("the vsock's socket", self.host.listener());
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let confined = activation.confined;
+        let muxer = Muxer::new(self.cid, self.host.clone(), self.counters.clone());
+        self.worker = Some(Worker::start(NAME, confined, VsockThread::new(activation, muxer)?)?);
+        Ok(())
+    }
+
+    fn quiesce(&mut self) -> Vec<ActiveQueue> {
+        self.worker.take().and_then(Worker::stop).map(VsockThread::into_queues).unwrap_or_default()
+    }
+}
