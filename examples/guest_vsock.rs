@@ -1,19 +1,21 @@
 //! The guest's side of the vsock tests in `tests/real_kernels.rs`: runs in a guest as `/bin/vsock`.
 //!
-//! It connects to the host's port 9000 and has what it sends counted there, then serves: 5 echoes, 6 counts until the
-//! end of data and then answers, 7 sends without end, 8 ends the program.
+//! It connects to the host's ports 9000, once, and 9001, a thousand times, and gets back what it sends. Then it serves:
+//! 5 echoes, 6 sends all back at the end of data, 7 sends without end, 8 ends the program, 9 resets the device.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::mem::size_of;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
 use libc::{AF_VSOCK, SOCK_STREAM, VMADDR_CID_ANY, VMADDR_CID_HOST, sockaddr_vm, socklen_t};
 
 const HOST_PORT: u32 = 9000;
+const CONNECTIONS: usize = 1000;
 
 fn check(result: i32) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -59,21 +61,6 @@ fn shut_down(stream: &File, how: Shutdown) -> io::Result<()> {
     check(unsafe { libc::shutdown(stream.as_raw_fd(), how) }).map(drop)
 }
 
-/// Bytes and their sum, which depends on their order.
-fn count(mut stream: &File) -> io::Result<String> {
-    let (mut total, mut sum) = (0u64, 0u32);
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        match stream.read(&mut buffer)? {
-            0 => return Ok(format!("{total} {sum}")),
-            len => {
-                total += len as u64;
-                sum = buffer[..len].iter().fold(sum, |s, b| s.wrapping_mul(31).wrapping_add(u32::from(*b)));
-            }
-        }
-    }
-}
-
 fn echo(mut stream: File) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -84,9 +71,10 @@ fn echo(mut stream: File) -> io::Result<()> {
     }
 }
 
-fn answer_count(mut stream: File) -> io::Result<()> {
-    let text = count(&stream)?;
-    writeln!(stream, "{text}")
+fn send_back(mut stream: File) -> io::Result<()> {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all)?;
+    stream.write_all(&all)
 }
 
 fn send_on(mut stream: File) -> io::Result<()> {
@@ -112,31 +100,50 @@ fn serve(port: u32, service: fn(File) -> io::Result<()>) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends 1 MiB to the host, ends it, and reads what the host counted.
-fn ask_host() -> io::Result<()> {
-    let mut stream = File::from(socket(libc::connect, VMADDR_CID_HOST, HOST_PORT)?);
-    let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
-    stream.write_all(&bytes)?;
+/// Sends to the host, ends that direction, and has it all back.
+fn ask_host(port: u32, bytes: &[u8]) -> io::Result<()> {
+    let mut stream = File::from(socket(libc::connect, VMADDR_CID_HOST, port)?);
+    stream.write_all(bytes)?;
     shut_down(&stream, Shutdown::Write)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let sum = bytes.iter().fold(0u32, |s, b| s.wrapping_mul(31).wrapping_add(u32::from(*b)));
-    if answer.trim() == format!("{} {sum}", bytes.len()) {
-        println!("the host counted right");
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    if back == bytes {
         return Ok(());
     }
-    Err(io::Error::other(format!("the host counted {answer}")))
+    Err(io::Error::other(format!("of {} bytes {} came back, or others", bytes.len(), back.len())))
+}
+
+const DRIVER: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
+
+/// Takes the device from its driver, which resets it, and gives it back.
+fn reset_device() -> io::Result<()> {
+    for device in std::fs::read_dir(DRIVER)? {
+        let device = device?.file_name();
+        if device.as_encoded_bytes().starts_with(b"virtio") {
+            for file in ["unbind", "bind"] {
+                std::fs::write(Path::new(DRIVER).join(file), device.as_encoded_bytes())?;
+            }
+        }
+    }
+    println!("reset");
+    Ok(())
 }
 
 fn run() -> io::Result<()> {
-    ask_host()?;
-    match socket(libc::connect, VMADDR_CID_HOST, HOST_PORT + 1) {
+    let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
+    ask_host(HOST_PORT, &bytes)?;
+    for i in 0..CONNECTIONS {
+        ask_host(HOST_PORT + 1, &bytes[i..2 * i])?;
+    }
+    println!("the host has sent all back");
+    match socket(libc::connect, VMADDR_CID_HOST, HOST_PORT + 2) {
         Err(e) => println!("nobody listens: {:?}", e.kind()),
         Ok(_) => return Err(io::Error::other("somebody accepts on a port where nobody listens")),
     }
     serve(5, echo)?;
-    serve(6, answer_count)?;
+    serve(6, send_back)?;
     serve(7, send_on)?;
+    serve(9, |_| reset_device())?;
     let end = listen(8)?;
     println!("serving");
     accept(&end).map(drop)

@@ -3,12 +3,13 @@
 mod common;
 
 use std::fs::{File, Permissions};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Output;
 
-use common::{Host, Protocol, elf, power_off, stderr};
+use common::{Host, Protocol, SPIN, elf, power_off, print, stderr};
 
 #[track_caller]
 fn assert_fails(output: &Output, status: i32, words: &[&str]) {
@@ -450,6 +451,7 @@ fn vsock_options_that_are_wrong() {
         ("cid=3", &["socket=PATH is missing"]),
         ("socket=v", &["cid=N is missing"]),
         ("cid=3,socket=", &["socket=PATH", "empty path"]),
+        ("cid=3,socket=v,cid=3", &["cid=3", "give each once"]),
         ("cid=3,socket=v,mtu=5", &["mtu=5", "allowed are cid=N and socket=PATH"]),
         (&long, &["97 bytes", "at most 96"]),
     ] {
@@ -503,4 +505,72 @@ fn a_dead_vsock_socket_is_replaced_and_removed() {
     let flags = ["--vsock", "cid=3,socket=v", "--exit-code-port", "0x64"];
     assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["--exit-code-port"]);
     assert!(!path.exists(), "a failed start leaves its socket behind");
+}
+
+/// A VM that runs until it is killed.
+struct Spinning(std::process::Child);
+
+impl Spinning {
+    fn start(host: &Host, flags: &[&str]) -> Self {
+        let kernel = host.kernel(&[print("r"), SPIN.to_vec()].concat());
+        let mut child = host.boot(&kernel, flags).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Self(child)
+    }
+
+    /// With SIGKILL, so that it takes nothing with it.
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        assert!(self.0.wait().unwrap().code().is_none());
+    }
+}
+
+impl Drop for Spinning {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The socket belongs to one VM at a time; the CID is seen in its guest only, so VMs may share one.
+#[test]
+fn a_vsock_socket_of_a_running_vm_is_in_use_and_of_a_killed_one_is_not() {
+    let host = Host::new();
+    let first = Spinning::start(&host, &["--vsock", "cid=3,socket=v"]);
+    let power_off_with = |socket: &str| {
+        let flag = format!("cid=3,socket={socket}");
+        host.boot(&host.kernel(&power_off()), &["--vsock", &flag]).output().unwrap()
+    };
+    assert_fails(&power_off_with("v"), 1, &["--vsock socket=v", "another program accepts connections"]);
+    let other = power_off_with("w");
+    assert_eq!((other.status.code(), stderr(&other).as_str()), (Some(0), ""));
+    let path = host.dir.path().join("v");
+    std::os::unix::net::UnixStream::connect(&path).expect("the first VM's socket is as it was");
+    first.kill();
+    assert!(path.exists());
+    let next = power_off_with("v");
+    assert_eq!(next.status.code(), Some(0), "{}", stderr(&next));
+    assert!(stderr(&next).contains("replaced the socket that a dead VM left"), "{}", stderr(&next));
+    assert!(!path.exists());
+}
+
+/// By a signal the VM ends as by itself.
+#[test]
+fn a_stopped_vm_removes_its_vsock_socket() {
+    let host = Host::new();
+    let mut vm = Spinning::start(&host, &["--vsock", "cid=3,socket=v"]);
+    assert!(host.dir.path().join("v").exists());
+    let pid = rustix::process::Pid::from_child(&vm.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(vm.0.wait().unwrap().code(), Some(143));
+    assert!(!host.dir.path().join("v").exists());
+}
+
+#[test]
+fn a_vsock_socket_where_the_control_socket_is() {
+    let host = Host::new();
+    let flags = ["--vsock", "cid=3,socket=v", "--control", "v"];
+    let output = host.boot(&host.kernel(&power_off()), &flags).output().unwrap();
+    assert_fails(&output, 1, &["--control v", "listens there already"]);
+    assert!(!host.dir.path().join("v").exists());
 }

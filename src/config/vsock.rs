@@ -41,12 +41,15 @@ impl VsockConfig {
     pub fn parse(text: &OsStr) -> Result<Self, ParseVsockError> {
         let (mut cid, mut socket) = (None, None);
         for part in text.as_bytes().split(|b| *b == b',') {
-            if let Some(value) = part.strip_prefix(b"cid=") {
-                cid = Some(parse_cid(value)?);
+            let is_again = if let Some(value) = part.strip_prefix(b"cid=") {
+                cid.replace(parse_cid(value)?).is_some()
             } else if let Some(path) = part.strip_prefix(b"socket=") {
-                socket = Some(Path::new(OsStr::from_bytes(path)).to_path_buf());
+                socket.replace(Path::new(OsStr::from_bytes(path)).to_path_buf()).is_some()
             } else {
                 return Err(ParseVsockError::Option(String::from_utf8_lossy(part).into_owned()));
+            };
+            if is_again {
+                return Err(ParseVsockError::Twice(String::from_utf8_lossy(part).into_owned()));
             }
         }
         Ok(Self {
@@ -69,6 +72,9 @@ pub enum ParseVsockError {
     /// An option that there is not.
     #[error("unknown option {0:?}: allowed are cid=N and socket=PATH")]
     Option(String),
+    /// One option twice.
+    #[error("{0:?} stands behind another value of the same option: give each once")]
+    Twice(String),
     /// An option that must be there.
     #[error("{0} is missing: write cid=N,socket=PATH")]
     Missing(&'static str),
@@ -101,6 +107,7 @@ mod tests {
             ("socket=v", "cid=N is missing"),
             ("cid=+3,socket=v", "cid=+3"),
             ("cid=4294967296,socket=v", "3 to 4294967294"),
+            ("cid=3,socket=v,cid=4", "\"cid=4\" stands behind"),
             ("cid=3,socket=v,uds=w", "unknown option \"uds=w\""),
         ] {
             let error = parse(text).unwrap_err().to_string();
