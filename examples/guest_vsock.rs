@@ -16,6 +16,8 @@ use libc::{AF_VSOCK, SOCK_STREAM, VMADDR_CID_ANY, VMADDR_CID_HOST, sockaddr_vm, 
 
 const HOST_PORT: u32 = 9000;
 const CONNECTIONS: usize = 1000;
+/// So many are under way at once.
+const BATCH: usize = 50;
 
 fn check(result: i32) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -100,17 +102,35 @@ fn serve(port: u32, service: fn(File) -> io::Result<()>) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends to the host, ends that direction, and has it all back.
-fn ask_host(port: u32, bytes: &[u8]) -> io::Result<()> {
+/// A connection to the host with these bytes sent and that direction ended.
+fn send_host(port: u32, bytes: &[u8]) -> io::Result<File> {
     let mut stream = File::from(socket(libc::connect, VMADDR_CID_HOST, port)?);
     stream.write_all(bytes)?;
     shut_down(&stream, Shutdown::Write)?;
+    Ok(stream)
+}
+
+/// All of it comes back.
+fn expect_back(mut stream: File, bytes: &[u8]) -> io::Result<()> {
     let mut back = Vec::new();
     stream.read_to_end(&mut back)?;
     if back == bytes {
         return Ok(());
     }
     Err(io::Error::other(format!("of {} bytes {} came back, or others", bytes.len(), back.len())))
+}
+
+/// One large piece, then many small ones, some at once.
+fn ask_host() -> io::Result<()> {
+    let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
+    expect_back(send_host(HOST_PORT, &bytes)?, &bytes)?;
+    let pieces: Vec<_> = (0..CONNECTIONS).map(|i| &bytes[i..2 * i]).collect();
+    for batch in pieces.chunks(BATCH) {
+        let streams: io::Result<Vec<_>> = batch.iter().map(|b| send_host(HOST_PORT + 1, b)).collect();
+        streams?.into_iter().zip(batch).try_for_each(|(s, b)| expect_back(s, b))?;
+    }
+    println!("the host has sent all back");
+    Ok(())
 }
 
 const DRIVER: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
@@ -130,12 +150,7 @@ fn reset_device() -> io::Result<()> {
 }
 
 fn run() -> io::Result<()> {
-    let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
-    ask_host(HOST_PORT, &bytes)?;
-    for i in 0..CONNECTIONS {
-        ask_host(HOST_PORT + 1, &bytes[i..2 * i])?;
-    }
-    println!("the host has sent all back");
+    ask_host()?;
     match socket(libc::connect, VMADDR_CID_HOST, HOST_PORT + 2) {
         Err(e) => println!("nobody listens: {:?}", e.kind()),
         Ok(_) => return Err(io::Error::other("somebody accepts on a port where nobody listens")),
