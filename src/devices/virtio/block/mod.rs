@@ -22,11 +22,14 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::{DiskConfig, DiskEngine};
 use crate::devices::rate_limiter::RateLimiter;
 use crate::devices::timer::Timer;
-use crate::sandbox::Kept;
+use crate::sandbox::{Confined, Kept};
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
-use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, Served, VirtioDevice, Worker, read_config_space,
+    take_queue,
+};
 use engine::{Engine, Pool};
 use image::Image;
 use worker::{BlockWorker, Shared, WorkerParts};
@@ -174,18 +177,38 @@ impl Block {
         space
     }
 
-    fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
-        let index = usize::from(queue.index);
+    /// What the thread of its first queue serves, for who serves it without a thread, as a fuzzer. Other threads do the
+    /// operations, or io_uring does.
+    ///
+    /// # Errors
+    /// The queue is missing, or the host is short of something.
+    pub fn serving(&mut self, mut activation: Activation) -> Result<impl Served + use<>, ActivateError> {
+        let queue = take_queue(&mut activation.queues, 0)?;
+        self.start_pool(activation.confined)?;
+        self.worker_of(queue, &activation)
+    }
+
+    fn start_pool(&mut self, confined: Confined) -> Result<(), ActivateError> {
+        if !self.uring {
+            self.pool = Some(Pool::start(&self.shared.id, confined)?);
+        }
+        Ok(())
+    }
+
+    fn worker_of(
+        &mut self,
+        queue: ActiveQueue,
+        activation: &Activation,
+    ) -> Result<BlockWorker, ActivateError> {
         // Lost only with a thread that panicked.
-        let parts = self.parts.get_mut(index).and_then(Option::take);
+        let parts = self.parts.get_mut(usize::from(queue.index)).and_then(Option::take);
         let parts = parts.map_or_else(|| QueueParts::new(self.uring), Ok)?;
         let engine = match (parts.ring, &self.pool) {
             (Some(ring), _) => Engine::Uring(Box::new(ring)),
             (None, Some(pool)) => pool.client(parts.done.clone()).map(Engine::Threads).ok_or_else(no_pool)?,
             (None, None) => return Err(no_pool().into()),
         };
-        let name = format!("{}-q{index}", self.shared.id);
-        let worker = BlockWorker::new(WorkerParts {
+        Ok(BlockWorker::new(WorkerParts {
             queue,
             memory: activation.memory.clone(),
             interrupt: activation.interrupt.clone(),
@@ -194,7 +217,12 @@ impl Block {
             engine,
             done: parts.done,
             timer: parts.timer,
-        });
+        }))
+    }
+
+    fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
+        let name = format!("{}-q{}", self.shared.id, queue.index);
+        let worker = self.worker_of(queue, activation)?;
         self.workers.push(Worker::start(&name, activation.confined, worker)?);
         Ok(())
     }
@@ -287,9 +315,7 @@ impl VirtioDevice for Block {
             let writeback = activation.features & F_FLUSH != 0;
             self.shared.writeback.store(writeback, Ordering::Relaxed);
         }
-        if !self.uring {
-            self.pool = Some(Pool::start(&self.shared.id, activation.confined)?);
-        }
+        self.start_pool(activation.confined)?;
         for queue in std::mem::take(&mut activation.queues) {
             if let Err(e) = self.start(queue, &activation) {
                 drop(self.quiesce());

@@ -20,7 +20,9 @@ use crate::devices::DeviceControl;
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
 
-use super::{ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, Served, VirtioDevice, Worker, read_config_space,
+};
 
 pub use counters::VsockCounters;
 pub use muxer::MAX_CONNECTIONS;
@@ -61,6 +63,18 @@ impl Vsock {
         self.counters.clone()
     }
 
+    /// What its thread serves, for [`VirtioDevice::activate`] and for who serves it without a thread, as a fuzzer.
+    ///
+    /// # Errors
+    /// A queue is missing, or the host has no descriptor left.
+    pub fn serving(&self, activation: Activation) -> Result<impl Served + use<>, ActivateError> {
+        self.thread(activation)
+    }
+
+    fn thread(&self, activation: Activation) -> Result<VsockThread, ActivateError> {
+        VsockThread::new(activation, Muxer::new(self.cid, self.host.clone(), self.counters.clone()))
+    }
+
     /// It in the list of devices.
     #[must_use]
     pub fn control(&self) -> Box<dyn DeviceControl> {
@@ -97,8 +111,7 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let confined = activation.confined;
-        let muxer = Muxer::new(self.cid, self.host.clone(), self.counters.clone());
-        self.worker = Some(Worker::start(NAME, confined, VsockThread::new(activation, muxer)?)?);
+        self.worker = Some(Worker::start(NAME, confined, self.thread(activation)?)?);
         Ok(())
     }
 
