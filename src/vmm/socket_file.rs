@@ -16,7 +16,8 @@ const STACK: usize = 64 << 10;
 impl Service for SocketFile {
     fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
         kept.add("the folder of the vsock's socket", self);
-        vec![Folder::Files(self.folder().into())]
+        // Where the guest connects to, `PATH_PORT`, lies beside it.
+        vec![Folder::Files(self.folder().into()), Folder::Sockets(self.folder().into())]
     }
 
     fn start(self: Box<Self>, confined: Confined) -> Result<Box<dyn Any>, SandboxError> {

@@ -133,5 +133,45 @@ mod tests {
                 prop_assert!(held <= u64::from(BUF_ALLOC));
             }
         }
+
+        /// With a guest that tells the truth, counters modulo 2³² give what counters without end would, however often
+        /// they have wrapped; and it hears of freed room before it has to wait for ever.
+        #[test]
+        fn counters_modulo_are_exact_for_an_honest_guest(
+            start: u32,
+            buf_alloc in 0u32..1 << 20,
+            steps: Vec<(bool, u32)>,
+        ) {
+            let mut credit = Credit { sent: start, peer_fwd_cnt: start, received: start, ..Credit::default() };
+            (credit.forwarded, credit.announced) = (start, start);
+            credit.hear(buf_alloc, start);
+            // To the guest, and from it: bytes sent and of these taken.
+            let (mut sent, mut taken) = (0u64, 0u64);
+            let (mut received, mut forwarded, mut told) = (0u64, 0u64, 0u64);
+            for (to_guest, len) in steps {
+                if to_guest {
+                    prop_assert_eq!(u64::from(credit.can_send()), u64::from(buf_alloc) - (sent - taken));
+                    let len = len % (credit.can_send() + 1);
+                    credit.send(len);
+                    sent += u64::from(len);
+                    taken += (sent - taken) / 2;
+                    credit.hear(buf_alloc, start.wrapping_add(taken as u32));
+                } else {
+                    // It sends all that it may, and the program takes a part.
+                    let room = u64::from(BUF_ALLOC) - (received - told);
+                    prop_assert!(credit.receive(room as u32));
+                    received += room;
+                    let len = u64::from(len) % (received - forwarded + 1);
+                    forwarded += len;
+                    let is_told = credit.forward(len as u32);
+                    if is_told {
+                        prop_assert_eq!(credit.announce(), (BUF_ALLOC, start.wrapping_add(forwarded as u32)));
+                        told = forwarded;
+                    }
+                    // A guest without room would wait until the program has taken everything at the latest.
+                    prop_assert!(is_told || forwarded < received);
+                }
+            }
+        }
     }
 }

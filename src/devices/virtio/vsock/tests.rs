@@ -653,6 +653,66 @@ fn a_reset_closes_all_and_the_next_driver_is_served() {
     guest.accept(7);
 }
 
+/// Pitfall 42: what waits for a program goes with it, and the guest hears of it.
+#[test]
+fn what_waits_for_a_killed_program_is_dropped() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let stream = guest.connect(&listener, (80, 1));
+    // More than the kernel's buffer holds, so that some of it waits here, and less than credit for it all.
+    let mut unread = 0;
+    while unread < BUF_ALLOC / 2 {
+        guest.send_data((80, 1), &[5; 4096]);
+        let updates = std::iter::from_fn(|| guest.try_receive()).count();
+        unread = if updates == 0 { unread + 4096 } else { 0 };
+    }
+    drop(stream);
+    while guest.receive().0.op != Op::Reset as u16 {}
+    guest.driver.wait("the connection stays", |_| (guest.counters.open.get() == 0).then_some(()));
+}
+
+/// Pitfall 44 as far as there is a reset without a snapshot: what was under way ends with it, and the old ring is left
+/// alone even where a program has more to say.
+#[test]
+fn nothing_is_written_to_the_rings_of_before_a_reset() {
+    let mut guest = Guest::new();
+    let (mut client, ports) = guest.accept(5);
+    guest.send_data(ports, b"to the program");
+    client.write_all(&[1; 20_000]).unwrap();
+    guest.driver.write(0x70, 0);
+    while guest.try_receive().is_some() {}
+    let _ = client.write_all(&[2; 20_000]);
+    let _waiting = guest.client(6);
+    thread::sleep(Duration::from_millis(50));
+    assert!(guest.driver.try_used(0).is_none() && guest.driver.try_used(1).is_none());
+    guest.driver.restart(&QUEUE_SIZES);
+    guest.rx.clear();
+    guest.give_buffers();
+    assert_eq!(guest.expect(Op::Request).dst_port, 6);
+    guest.expect_silence();
+}
+
+/// A queue that cannot be is the driver's fault and this device's alone: it waits for a reset, and works after one.
+#[test]
+fn a_broken_queue_asks_for_a_reset() {
+    for queue in [0, 1] {
+        let mut guest = Guest::without_buffers();
+        let _client = guest.client(5);
+        // A descriptor that is followed by itself, without end.
+        let (address, len) = guest.driver.buffer(100);
+        guest.driver.descriptor(queue, 0, (address, len), if queue == 0 { 3 } else { 1 }, 0);
+        guest.driver.make_available(queue, 0);
+        guest.driver.notify(queue);
+        guest.driver.wait_needs_reset();
+        guest.driver.restart(&QUEUE_SIZES);
+        guest.rx.clear();
+        guest.give_buffers();
+        let (_client, ports) = guest.accept(6);
+        guest.send(ports, Op::CreditRequest);
+        guest.expect(Op::CreditUpdate);
+    }
+}
+
 /// A muxer without a thread, and one program that has connected.
 fn muxer_with_program() -> (Muxer, Epoll, UnixStream, TempDir) {
     let dir = tempfile::tempdir().unwrap();
