@@ -78,7 +78,9 @@ impl Vsock {
     /// It in the list of devices.
     #[must_use]
     pub fn control(&self) -> Box<dyn DeviceControl> {
-        let socket = self.host.path().to_path_buf();
+        // For clients in other folders. It fails where there is no current folder, and then nothing better is known.
+        let path = self.host.path();
+        let socket = std::path::absolute(path).unwrap_or_else(|_| path.into());
         Box::new(VsockControl { cid: self.cid, socket, counters: self.counters.clone() })
     }
 }

@@ -728,6 +728,29 @@ fn muxer_with_program() -> (Muxer, Epoll, UnixStream, TempDir) {
     (muxer, epoll, stream, dir)
 }
 
+/// Pitfall 41: a guest that takes nothing, and opens and resets on and on, costs no more memory for it.
+#[test]
+fn connections_that_are_gone_leave_nothing() {
+    let (mut muxer, epoll, _stream, dir) = muxer_with_program();
+    let listener = UnixListener::bind(dir.path().join("v_80")).unwrap();
+    for port in 0..5000 {
+        let header = Header {
+            src_cid: CID.into(),
+            dst_cid: HOST_CID,
+            src_port: port,
+            dst_port: 80,
+            kind: TYPE_STREAM,
+            op: Op::Request as u16,
+            ..Header::default()
+        };
+        muxer.receive(&header, &[], &epoll);
+        drop(listener.accept().unwrap());
+        muxer.receive(&Header { op: Op::Reset as u16, ..header }, &[], &epoll);
+        assert!(muxer.turns() <= 2 * MAX_CONNECTIONS);
+    }
+    assert!(muxer.next_packet(&mut [0; 100]).is_none());
+}
+
 const LATE: Duration = muxer::HANDSHAKE_TIME.saturating_add(Duration::from_secs(1));
 
 /// Pitfall 43: a program that is slow with its line does not stay for ever.
