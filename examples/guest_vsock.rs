@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use libc::{AF_VSOCK, SOCK_STREAM, VMADDR_CID_ANY, VMADDR_CID_HOST, sockaddr_vm, socklen_t};
 
@@ -23,6 +24,11 @@ fn check(result: i32) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` (Linux, `include/uapi/linux/vm_sockets.h`).
+const CONNECT_TIMEOUT: i32 = 6;
+/// Instead of two seconds, which an emulated host may take to read a page of the VMM from a busy disk.
+static PATIENCE: libc::timeval = libc::timeval { tv_sec: 20, tv_usec: 0 };
+
 /// A socket with `call`, bind or connect, done to `cid` and `port`.
 fn socket(
     call: unsafe extern "C" fn(i32, *const libc::sockaddr, socklen_t) -> i32,
@@ -33,6 +39,9 @@ fn socket(
     let fd = check(unsafe { libc::socket(AF_VSOCK, SOCK_STREAM, 0) })?;
     // SAFETY: the descriptor is new and nobody else's.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let len = size_of::<libc::timeval>() as socklen_t;
+    // SAFETY: the time lives through the call and is as long as said.
+    check(unsafe { libc::setsockopt(fd, AF_VSOCK, CONNECT_TIMEOUT, (&raw const PATIENCE).cast(), len) })?;
     // SAFETY: it holds integers only, for which zero is a value.
     let mut address: sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = AF_VSOCK as u16;
@@ -120,16 +129,23 @@ fn expect_back(mut stream: File, bytes: &[u8]) -> io::Result<()> {
     Err(io::Error::other(format!("of {} bytes {} came back, or others", bytes.len(), back.len())))
 }
 
-/// One large piece, then many small ones, some at once.
+/// One large piece, then many small ones, some at once. Says how long the slowest connection took to be made.
 fn ask_host() -> io::Result<()> {
     let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 3) as u8).collect();
     expect_back(send_host(HOST_PORT, &bytes)?, &bytes)?;
     let pieces: Vec<_> = (0..CONNECTIONS).map(|i| &bytes[i..2 * i]).collect();
+    let mut slowest = Duration::ZERO;
     for batch in pieces.chunks(BATCH) {
-        let streams: io::Result<Vec<_>> = batch.iter().map(|b| send_host(HOST_PORT + 1, b)).collect();
+        let send = |bytes: &&[u8]| {
+            let begin = Instant::now();
+            let stream = send_host(HOST_PORT + 1, bytes);
+            slowest = slowest.max(begin.elapsed());
+            stream
+        };
+        let streams: io::Result<Vec<_>> = batch.iter().map(send).collect();
         streams?.into_iter().zip(batch).try_for_each(|(s, b)| expect_back(s, b))?;
     }
-    println!("the host has sent all back");
+    println!("the host has sent all back; slowest connection: {slowest:?}");
     Ok(())
 }
 

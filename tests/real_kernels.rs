@@ -388,7 +388,7 @@ fn vsock_run(name: &str, file: &str, flags: &[&str]) {
     host.args(["-I", "-S", "-B", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/vsock.py")]);
     let mut host = host.arg(&socket).stdout(Stdio::piped()).spawn().unwrap();
     read_until(&mut host, "listening");
-    let mut vm = Host::new().microvm(["boot", "--timeout", "120s", "--kernel"]);
+    let mut vm = Host::new().microvm(["boot", "--timeout", "240s", "--kernel"]);
     vm.current_dir("/").arg(kernel(name).join(file)).arg("--initrd").arg(initrd(name)).args(flags);
     vm.args(["--memory", "256M", "--exit-code-port", "0xf4", "--metrics"]).arg(&metrics);
     vm.arg("--vsock").arg(format!("cid=3,socket={}", socket.display()));
@@ -401,6 +401,7 @@ fn vsock_run(name: &str, file: &str, flags: &[&str]) {
     assert!(host.status.success(), "host: {}guest: {}{}", stdout(&host), stdout(&vm), stderr(&vm));
     status(&vm, 0);
     let text = stdout(&vm);
+    println!("{}{text}", stdout(&host));
     // "sending ended": the one whose program was killed, and the one whose device was reset.
     for line in ["the host has sent all back", "nobody listens: ConnectionReset", "sending ended", "reset"] {
         assert!(text.contains(line), "no {line:?} in {text}");
