@@ -16,6 +16,8 @@ mod txbuf;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use crate::devices::DeviceControl;
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
@@ -36,6 +38,8 @@ use thread::VsockThread;
 /// Receive, transmit and event queue (§5.10.2).
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 const NAME: &str = "vsock";
+/// What the rest of a large VM has open, and some to spare.
+const OTHER_DESCRIPTORS: usize = 512;
 
 /// The socket device.
 pub struct Vsock {
@@ -53,6 +57,7 @@ impl Vsock {
     /// The socket cannot be made.
     pub fn open(cid: u32, socket: &Path, metrics: &Registry) -> Result<(Self, SocketFile), HostSocketError> {
         let (host, file) = HostSocket::bind(socket)?;
+        allow_descriptors();
         let counters = Arc::new(VsockCounters::new(metrics, NAME));
         Ok((Self { cid, host: Arc::new(host), counters, worker: None }, file))
     }
@@ -82,6 +87,19 @@ impl Vsock {
         let path = self.host.path();
         let socket = std::path::absolute(path).unwrap_or_else(|_| path.into());
         Box::new(VsockControl { cid: self.cid, socket, counters: self.counters.clone() })
+    }
+}
+
+/// Raises this process's limit to what all connections need, as far as the user may: most systems begin with 1,024.
+/// Where that is not enough, what comes beyond it is refused or waits.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = (MAX_CONNECTIONS + OTHER_DESCRIPTORS) as u64;
+    if limit.current.is_some_and(|current| current < wanted) {
+        let current = Some(limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)));
+        if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current, ..limit }) {
+            log::debug!("{NAME}: the limit of descriptors stays as it is: {e}");
+        }
     }
 }
 
