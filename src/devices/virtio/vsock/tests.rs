@@ -179,24 +179,56 @@ impl Guest {
 
     /// Serves echoes until `count` connections have ended.
     fn serve_echo(&mut self, count: usize) {
+        let mut echoes: HashMap<(u32, u32), Echo> = HashMap::new();
         let mut ended = 0;
         while ended < count {
             let (header, data) = self.receive();
             let ports = (header.src_port, header.dst_port);
+            let echo = echoes.entry(ports).or_default();
+            echo.fwd_cnt = header.fwd_cnt;
             match Op::new(header.op).unwrap() {
                 Op::Request => {
+                    *echo = Echo::default();
                     self.forwarded.insert(ports, 0);
                     self.send(ports, Op::Response);
                 }
-                Op::Data => self.send_data(ports, &data),
-                Op::Shutdown => {
-                    self.shut_down(ports, BOTH);
-                    ended += 1;
-                }
-                Op::Reset | Op::CreditUpdate => {}
+                Op::Data => echo.waiting.extend(data),
+                Op::Shutdown => echo.is_ending = true,
+                Op::Reset => assert!(echo.is_over, "{header:?}"),
+                Op::CreditUpdate => {}
                 other => panic!("{other:?}"),
             }
+            let data = echo.take();
+            let is_over = echo.is_ending && echo.waiting.is_empty() && !echo.is_over;
+            echo.is_over |= is_over;
+            if !data.is_empty() {
+                self.send_data(ports, &data);
+            }
+            if is_over {
+                self.shut_down(ports, BOTH);
+                ended += 1;
+            }
         }
+    }
+}
+
+/// One connection of a guest that sends back what it gets, as far as it has credit.
+#[derive(Default)]
+struct Echo {
+    waiting: Vec<u8>,
+    sent: u32,
+    fwd_cnt: u32,
+    is_ending: bool,
+    is_over: bool,
+}
+
+impl Echo {
+    /// What may be sent now.
+    fn take(&mut self) -> Vec<u8> {
+        let room = BUF_ALLOC - (self.sent - self.fwd_cnt);
+        let data: Vec<u8> = self.waiting.drain(..self.waiting.len().min(room as usize)).collect();
+        self.sent += data.len() as u32;
+        data
     }
 }
 
