@@ -23,6 +23,9 @@ pub const END: u64 = 0x10_0000;
 /// A device that has something to do in so many rounds without anything new is in a busy loop.
 const ROUNDS: usize = 10_000;
 
+/// How long a request may take that threads work on, in milliseconds.
+const PATIENCE: i32 = 8000;
+
 /// A descriptor as an input gives it: where, how long, and whether the device may write.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Piece {
@@ -113,8 +116,13 @@ impl Guest {
     pub fn serve(&self, device: &mut impl Served, is_done: impl Fn(&Self) -> bool) {
         let mut events = [EpollEvent::default(); 16];
         for _ in 0..ROUNDS {
-            let timeout = if is_done(self) { 0 } else { 1000 };
-            let count = self.epoll.wait(timeout, &mut events).unwrap();
+            let timeout = if is_done(self) { 0 } else { PATIENCE };
+            let count = match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                // The fuzzer's own clock.
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(e) => panic!("epoll: {e}"),
+            };
             if count == 0 {
                 assert!(timeout == 0, "a request is never answered");
                 return;
