@@ -3,12 +3,13 @@
 mod common;
 
 use std::fs::{File, Permissions};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Output;
 
-use common::{Host, Protocol, elf, power_off, stderr};
+use common::{Host, Protocol, SPIN, elf, power_off, print, stderr};
 
 #[track_caller]
 fn assert_fails(output: &Output, status: i32, words: &[&str]) {
@@ -440,4 +441,145 @@ fn disk_options_that_are_none() {
     assert_fails(&host.boot(&kernel, &["--root"]).output().unwrap(), 2, &["--root", "--disk PATH"]);
     let names = host.boot(&kernel, &["--disk", "disk,id=disk1", "--disk", "disk"]).output().unwrap();
     assert_fails(&names, 2, &["--disk disk", "disk1", "id=NAME"]);
+}
+
+#[test]
+fn vsock_options_that_are_wrong() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let long = format!("cid=3,socket={}", "x".repeat(97));
+    let before = host.files();
+    for (value, words) in [
+        ("cid=0,socket=v", &["cid=0", "reserved"][..]),
+        ("cid=1,socket=v", &["cid=1", "reserved"]),
+        ("cid=2,socket=v", &["cid=2", "reserved"]),
+        ("cid=4294967295,socket=v", &["cid=4294967295", "reserved"]),
+        ("cid=4294967296,socket=v", &["cid=4294967296", "3 to 4294967294"]),
+        ("cid=+3,socket=v", &["cid=+3", "3 to 4294967294"]),
+        ("cid=,socket=v", &["cid=", "3 to 4294967294"]),
+        ("cid=3", &["socket=PATH is missing"]),
+        ("socket=v", &["cid=N is missing"]),
+        ("cid=3,socket=", &["socket=PATH", "empty path"]),
+        ("cid=3,socket=v,cid=3", &["cid=3", "give each once"]),
+        ("cid=3,socket=v,mtu=5", &["mtu=5", "allowed are cid=N and socket=PATH"]),
+        (&long, &["97 bytes", "at most 96"]),
+    ] {
+        let output = host.boot(&kernel, &["--vsock", value]).output().unwrap();
+        assert_fails(&output, 2, &[&["--vsock"], words].concat());
+    }
+    for (json, words) in [
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 2, "socket": "v"}}"#, "reserved"),
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 3}}"#, "missing field `socket`"),
+        (r#"{"kernel": {"path": "k"}, "vsock": {"cid": 3, "socket": "v", "uds": 1}}"#, "unknown field `uds`"),
+    ] {
+        host.file("vm.json", json.as_bytes());
+        assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);
+        std::fs::remove_file(host.dir.path().join("vm.json")).unwrap();
+    }
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn vsock_sockets_that_cannot_be() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    host.file("plain", b"x");
+    let path = host.dir.path().join("busy");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let before = host.files();
+    for (socket, words) in [
+        ("missing/v", "its folder"),
+        ("plain/v", "its folder"),
+        ("plain", "no socket"),
+        ("busy", "another program accepts connections"),
+        (".", "cannot listen"),
+    ] {
+        let output = host.boot(&kernel, &["--vsock", &format!("cid=3,socket={socket}")]).output().unwrap();
+        assert_fails(&output, 1, &[&format!("--vsock socket={socket}"), words]);
+    }
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn a_dead_vsock_socket_is_replaced_and_removed() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let path = host.dir.path().join("v");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let output = host.boot(&kernel, &["--vsock", "cid=3,socket=v"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("replaced"), "{}", stderr(&output));
+    assert!(!path.exists(), "the socket is left behind");
+    // Nor does a start that fails later leave one.
+    let flags = ["--vsock", "cid=3,socket=v", "--exit-code-port", "0x64"];
+    assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["--exit-code-port"]);
+    assert!(!path.exists(), "a failed start leaves its socket behind");
+}
+
+/// A VM that runs until it is killed.
+struct Spinning(std::process::Child);
+
+impl Spinning {
+    fn start(host: &Host, flags: &[&str]) -> Self {
+        let kernel = host.kernel(&[print("r"), SPIN.to_vec()].concat());
+        let mut child = host.boot(&kernel, flags).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Self(child)
+    }
+
+    /// With SIGKILL, so that it takes nothing with it.
+    fn kill(mut self) {
+        self.0.kill().unwrap();
+        assert!(self.0.wait().unwrap().code().is_none());
+    }
+}
+
+impl Drop for Spinning {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The socket belongs to one VM at a time; the CID is seen in its guest only, so VMs may share one.
+#[test]
+fn a_vsock_socket_of_a_running_vm_is_in_use_and_of_a_killed_one_is_not() {
+    let host = Host::new();
+    let first = Spinning::start(&host, &["--vsock", "cid=3,socket=v"]);
+    let power_off_with = |socket: &str| {
+        let flag = format!("cid=3,socket={socket}");
+        host.boot(&host.kernel(&power_off()), &["--vsock", &flag]).output().unwrap()
+    };
+    assert_fails(&power_off_with("v"), 1, &["--vsock socket=v", "another program accepts connections"]);
+    let other = power_off_with("w");
+    assert_eq!((other.status.code(), stderr(&other).as_str()), (Some(0), ""));
+    let path = host.dir.path().join("v");
+    std::os::unix::net::UnixStream::connect(&path).expect("the first VM's socket is as it was");
+    first.kill();
+    assert!(path.exists());
+    let next = power_off_with("v");
+    assert_eq!(next.status.code(), Some(0), "{}", stderr(&next));
+    assert!(stderr(&next).contains("replaced the socket that a dead VM left"), "{}", stderr(&next));
+    assert!(!path.exists());
+}
+
+/// By a signal the VM ends as by itself.
+#[test]
+fn a_stopped_vm_removes_its_vsock_socket() {
+    let host = Host::new();
+    let mut vm = Spinning::start(&host, &["--vsock", "cid=3,socket=v"]);
+    assert!(host.dir.path().join("v").exists());
+    let pid = rustix::process::Pid::from_child(&vm.0);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(vm.0.wait().unwrap().code(), Some(143));
+    assert!(!host.dir.path().join("v").exists());
+}
+
+#[test]
+fn a_vsock_socket_where_the_control_socket_is() {
+    let host = Host::new();
+    let flags = ["--vsock", "cid=3,socket=v", "--control", "v"];
+    let output = host.boot(&host.kernel(&power_off()), &flags).output().unwrap();
+    assert_fails(&output, 1, &["--control v", "listens there already"]);
+    assert!(!host.dir.path().join("v").exists());
 }

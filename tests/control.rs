@@ -582,6 +582,21 @@ fn a_disks_limits_change_while_it_runs() {
 }
 
 #[test]
+fn a_vsock_is_shown_and_has_nothing_to_change() {
+    let station = Station::new();
+    let code = [print("u"), SPIN.to_vec()].concat();
+    let vm = station.start("a", &code, &["--vsock", "cid=5,socket=v.sock"]);
+    let json = stdout(&station.run(&["ctl", "a", "device", "vsock", "--format", "json"]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["kind"], "vsock", "{json}");
+    let path = station.host.dir.path().canonicalize().unwrap().join("v.sock");
+    assert_eq!(json["state"], json!({ "cid": 5, "socket": path, "open_connections": 0 }));
+    assert_eq!(json["counters"]["microvm_vsock_connections_total"], 0, "{json}");
+    assert_fails(&station.run(&["ctl", "a", "device", "vsock", "cid=6"]), 1, &["nothing to change"]);
+    vm.assert_serves();
+}
+
+#[test]
 fn each_path_and_method_has_its_answer() {
     let station = Station::new();
     let vm = station.idle("a");

@@ -183,3 +183,24 @@ fn a_configuration_without_end() {
     let output = Host::new().microvm(["boot", "--config", "/dev/zero"]).output().unwrap();
     assert_fails(&output, 2, &["--config /dev/zero", "1 MiB"]);
 }
+
+fn few_descriptors() -> c_int {
+    let limit = libc::rlimit { rlim_cur: 64, rlim_max: 600 };
+    // SAFETY: the structure lives for the call.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }
+}
+
+/// A vsock's connections are descriptors: the limit goes up as far as it may.
+#[test]
+fn a_low_limit_of_descriptors() {
+    let host = Host::new();
+    let kernel = host.kernel(&[print("u"), SPIN.to_vec()].concat());
+    let mut command = host.boot(&kernel, &["--vsock", "cid=3,socket=v", "--timeout", "5s"]);
+    let mut child = in_child(command.stdout(Stdio::piped()), few_descriptors).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let files = limits.lines().find(|l| l.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().nth(3), Some("600"), "{files}");
+}

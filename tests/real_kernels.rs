@@ -380,3 +380,63 @@ fn disk_on_a_full_host_disk_fails_and_the_vm_goes_on() {
     status(&output, 0);
     assert_eq!(fact(&stdout(&output), "still"), "here");
 }
+
+/// A thousand connections each way and more, with tests/host/vsock.py as the host's programs and
+/// examples/guest_vsock.rs as the guest's.
+fn vsock_run(name: &str, file: &str, flags: &[&str]) {
+    // Writable in the emulated host, and short enough for a socket's path.
+    let dir = tempfile::TempDir::with_prefix_in("v", "/tmp").unwrap();
+    let (socket, metrics) = (dir.path().join("s"), dir.path().join("metrics.json"));
+    // The system's own: a wrapper of a version manager takes minutes in the emulated host.
+    let mut host = Command::new("/usr/bin/python3");
+    host.args(["-I", "-S", "-B", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/vsock.py")]);
+    let mut host = host.arg(&socket).stdout(Stdio::piped()).spawn().unwrap();
+    read_until(&mut host, "listening");
+    let mut vm = Host::new().microvm(["boot", "--timeout", "240s", "--kernel"]);
+    vm.current_dir("/").arg(kernel(name).join(file)).arg("--initrd").arg(initrd(name)).args(flags);
+    vm.args(["--memory", "256M", "--exit-code-port", "0xf4", "--metrics"]).arg(&metrics);
+    vm.arg("--vsock").arg(format!("cid=3,socket={}", socket.display()));
+    vm.args(["--append", "microvm.exit_code_port=0xf4 -- /bin/vsock"]);
+    let vm = vm.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // It is read from the start, so that it never waits for us, and ends by itself or by its time limit.
+    let vm = std::thread::spawn(|| vm.wait_with_output().unwrap());
+    let host = host.wait_with_output().unwrap();
+    let vm = vm.join().unwrap();
+    assert!(host.status.success(), "host: {}guest: {}{}", stdout(&host), stdout(&vm), stderr(&vm));
+    status(&vm, 0);
+    let text = stdout(&vm);
+    println!("{}{text}", stdout(&host));
+    // "sending ended": the one whose program was killed, and the one whose device was reset.
+    for line in ["the host has sent all back", "nobody listens: ConnectionReset", "sending ended", "reset"] {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+    // The one that was idle when the device was reset; every other error would be another line.
+    let errors: Vec<_> = text.lines().map(str::trim).filter(|l| l.starts_with("port ")).collect();
+    assert_eq!(errors, ["port 6: ConnectionReset"]);
+    assert!(!socket.exists(), "the socket is left behind");
+    let counted = |name: &str| counter(&metrics, name);
+    assert!(counted("microvm_vsock_connections_total") >= 2000);
+    // The one that ended the program in the guest may be open still.
+    assert!(counted("microvm_vsock_open_connections") <= 1);
+    assert_eq!(counted("microvm_vsock_dropped_packets_total"), 0);
+}
+
+/// A counter of one series in a file of `--metrics`.
+fn counter(file: &std::path::Path, name: &str) -> u64 {
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let metrics = json["metrics"].as_array().unwrap();
+    let metric = metrics.iter().find(|m| m["name"] == name).unwrap_or_else(|| panic!("no {name}"));
+    metric["samples"][0]["value"].as_u64().unwrap()
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn vsock_with_stock_6_1() {
+    vsock_run("stock-6.1", "bzImage", &["--cpus", "2"]);
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn vsock_with_tuned() {
+    vsock_run("tuned", "vmlinux", &[]);
+}

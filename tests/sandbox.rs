@@ -196,10 +196,6 @@ const WORK: &[Attack] = attacks! {
     recvfrom: "" => call(libc::SYS_recvfrom, [-1, 0, 0, 0, 0, 0]);
     sendmsg: "" => call(libc::SYS_sendmsg, [-1, 0, 0]);
     recvmsg: "" => call(libc::SYS_recvmsg, [-1, 0, 0]);
-    accept: "" => call(libc::SYS_accept4, [-1, 0, 0, 0]);
-    connect: "" => call(libc::SYS_connect, [-1, 0, 0]);
-    unix_socket: "" => call(libc::SYS_socket, [libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0]);
-    shutdown: "" => call(libc::SYS_shutdown, [-1, 0]);
     eventfd: "" => call(libc::SYS_eventfd2, [0, 0]);
     timer: "" => call(libc::SYS_timerfd_create, [libc::CLOCK_MONOTONIC.into(), 0]);
     set_timer: "" => call(libc::SYS_timerfd_settime, [-1, 0, 0, 0]);
@@ -208,6 +204,28 @@ const WORK: &[Attack] = attacks! {
     give_back: "" => call(libc::SYS_madvise, [0, 0, libc::MADV_REMOVE.into()]);
     offloads: "" => call(libc::SYS_ioctl, [-1, 0x4004_54d0, 0]);
 };
+
+/// What the socket device's worker has to do; no other worker may, and no thread of a VM without such a device.
+const VSOCK_WORK: &[Attack] = attacks! {
+    accept: "accept4" => call(libc::SYS_accept4, [-1, 0, 0, 0]);
+    connect: "connect" => call(libc::SYS_connect, [-1, 0, 0]);
+    stream: "socket" => unix_socket(libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC);
+    shutdown: "shutdown" => call(libc::SYS_shutdown, [-1, 0]);
+};
+
+/// Sockets that it has no use for, and what other workers may do.
+const NO_VSOCK_WORK: &[Attack] = attacks! {
+    datagrams: "socket" => unix_socket(libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC);
+    packets: "socket" => unix_socket(libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC);
+    netlink: "socket" => call(libc::SYS_socket, [libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), 0]);
+    send_a_descriptor: "sendmsg" => call(libc::SYS_sendmsg, [-1, 0, 0]);
+    receive_a_descriptor: "recvmsg" => call(libc::SYS_recvmsg, [-1, 0, 0]);
+    overwrite_an_image: "pwrite64" => call(libc::SYS_pwrite64, [-1, 0, 0, 0]);
+};
+
+fn unix_socket(kind: c_int) -> c_long {
+    call(libc::SYS_socket, [libc::AF_UNIX.into(), kind.into(), 0])
+}
 
 /// Removes a file in the folder of the list, and one beside it.
 const REMOVALS: &[Attack] = attacks! {
@@ -241,7 +259,8 @@ const CRASHES: &[Attack] = attacks! {
 };
 
 fn attack(name: &str) -> &'static Attack {
-    let all = [ATTACKS, NARROW, CONSOLE_ONLY, WORK, REMOVALS, REMOVALS_AT, CRASHES];
+    let all =
+        [ATTACKS, NARROW, CONSOLE_ONLY, WORK, VSOCK_WORK, NO_VSOCK_WORK, REMOVALS, REMOVALS_AT, CRASHES];
     all.iter().flat_map(|a| a.iter()).find(|a| a.name == name).expect("an attack of this name")
 }
 
@@ -272,10 +291,19 @@ fn victim() {
         }
         "vcpu0" => in_thread(confined, ThreadKind::Vcpu, thread, run),
         "console" => in_thread(confined, ThreadKind::Console, thread, run),
+        "cleaner" => in_thread(confined, ThreadKind::Cleaner, thread, run),
         "control" => in_thread(confined, ThreadKind::Control, thread, run),
         // As a device's worker: started when the VMM thread is confined.
         "worker" => {
             confined.confine_thread(ThreadKind::Vmm).unwrap();
+            in_thread(confined, ThreadKind::Worker, thread, run);
+        }
+        "vsock" => {
+            confined.confine_thread(ThreadKind::VmmWithVsock).unwrap();
+            in_thread(confined, ThreadKind::Vsock, thread, run);
+        }
+        "neighbour" => {
+            confined.confine_thread(ThreadKind::VmmWithVsock).unwrap();
             in_thread(confined, ThreadKind::Worker, thread, run);
         }
         "late" => {
@@ -378,7 +406,7 @@ fn attacks_are_refused_in_every_thread() {
     let victims = Victims::new();
     for user in users() {
         for attack in ATTACKS {
-            for thread in ["vmm", "vcpu0", "console", "control"] {
+            for thread in ["vmm", "vcpu0", "console", "cleaner", "control"] {
                 victims.is_refused(user, thread, attack);
             }
         }
@@ -390,12 +418,13 @@ fn narrow_threads_may_not_do_what_the_vmm_may() {
     let victims = Victims::new();
     for user in users() {
         for attack in NARROW {
-            for thread in ["vcpu0", "console", "control"] {
+            for thread in ["vcpu0", "console", "cleaner", "control"] {
                 victims.is_refused(user, thread, attack);
             }
         }
         for attack in CONSOLE_ONLY {
             victims.is_refused(user, "console", attack);
+            victims.is_refused(user, "cleaner", attack);
             victims.is_refused(user, "control", attack);
         }
         for attack in REMOVALS_AT {
@@ -423,6 +452,20 @@ fn workers_of_devices_may_do_their_work() {
     for work in WORK {
         // Whatever comes of it, it is not refused.
         victims.answer(User::Same, "on", "worker", work.name);
+    }
+}
+
+#[test]
+fn sockets_are_for_the_vsock_alone() {
+    let victims = Victims::new();
+    for work in VSOCK_WORK {
+        victims.answer(User::Same, "on", "vsock", work.name);
+        for thread in ["vmm", "worker", "neighbour"] {
+            victims.is_refused(User::Same, thread, work);
+        }
+    }
+    for attack in ATTACKS.iter().chain(NO_VSOCK_WORK).chain(REMOVALS_AT) {
+        victims.is_refused(User::Same, "vsock", attack);
     }
 }
 
@@ -505,7 +548,7 @@ fn a_folder_on_the_list_allows_removal_alone() {
 
 /// As at the end of a VM: the files of its folder, then the folder, but not what is in the folder of another VM.
 #[test]
-fn the_control_thread_removes_what_is_its_own() {
+fn who_made_a_socket_removes_what_is_its_own() {
     if Layers::of_host().landlock_abi() == 0 {
         return eprintln!("skipped: no Landlock here");
     }
@@ -514,8 +557,8 @@ fn the_control_thread_removes_what_is_its_own() {
     let folder = dir.path().join("folder");
     fs::create_dir(&folder).unwrap();
     let (inside, outside) = (folder.join("inside"), dir.path().join("outside"));
-    let run = |attack: &str, parent: bool| {
-        let mut command = victims.command(User::Same, "on", "control", attack);
+    let run_in = |thread: &str, attack: &str, parent: bool| {
+        let mut command = victims.command(User::Same, "on", thread, attack);
         command.env(FOLDER, &folder);
         if parent {
             command.env(PARENT_FOLDER, dir.path());
@@ -523,7 +566,11 @@ fn the_control_thread_removes_what_is_its_own() {
         let text = stderr(&command.output().unwrap());
         text.lines().find_map(|l| l.strip_prefix("answer ")).unwrap_or_else(|| panic!("{text}")).to_string()
     };
+    let run = |attack: &str, parent: bool| run_in("control", attack, parent);
     let refused = format!("-{}", libc::EACCES);
+    fs::write(&inside, "").unwrap();
+    // A vsock's socket.
+    assert_eq!(run_in("cleaner", "remove_inside_at", false), "0");
     fs::write(&inside, "").unwrap();
     fs::write(&outside, "").unwrap();
     assert_eq!(run("remove_outside_at", true), refused);
@@ -536,7 +583,7 @@ fn the_control_thread_removes_what_is_its_own() {
 #[test]
 fn a_panic_is_told_and_no_violation() {
     let victims = Victims::new();
-    for thread in ["vmm", "vcpu0", "console", "control", "worker", "late"] {
+    for thread in ["vmm", "vcpu0", "console", "control", "worker", "vsock", "cleaner", "late"] {
         let mut command = victims.command(User::Same, "on", thread, "panic");
         let text = stderr(&command.env("RUST_BACKTRACE", "full").output().unwrap());
         let line = text.lines().find(|l| l.contains("a panic on two lines"));
@@ -605,8 +652,8 @@ fn filters(process: &str) -> Option<u32> {
 fn every_thread_of_a_running_vm_is_confined() {
     for user in users() {
         let host = Host::new();
-        let vm =
-            Running::start(&mut boot_as(&host, user, &spin(), &["--cpus", "3", "--control", "control.sock"]));
+        let flags = ["--cpus", "3", "--control", "control.sock", "--vsock", "cid=3,socket=v"];
+        let vm = Running::start(&mut boot_as(&host, user, &spin(), &flags));
         let mut names = Vec::new();
         for task in fs::read_dir(vm.proc().join("task")).unwrap() {
             let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
@@ -629,7 +676,7 @@ fn every_thread_of_a_running_vm_is_confined() {
             }
             names.push(field("Name"));
         }
-        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "control"] {
+        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "vsock-file", "control"] {
             assert!(names.iter().any(|n| n == name), "no {name} among {names:?}");
         }
         let limits = fs::read_to_string(vm.proc().join("limits")).unwrap();
@@ -683,14 +730,22 @@ fn only_named_descriptors_are_open() {
     let host = Host::new();
     let kernel = host.kernel(&spin());
     let metrics = ["--control", "control.sock", "--metrics", "metrics.json"];
-    let flags = [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics].concat();
+    let vsock = ["--vsock", "cid=3,socket=v"];
+    let flags =
+        [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics, &vsock].concat();
     let named = [
         "/memfd:guest-memory (deleted)",
         "a path", // standard input, again for the serial port
         "a path",
-        "a path", // the control socket's folder, the file of --metrics
+        "a path", // the folders of the control socket and the vsock's, the file of --metrics
         "a path",
-        // Event loop, serial port twice; the control thread's end; what devices want done; the random numbers' notification and interrupt.
+        "a path",
+        // Event loop, serial port twice; the control thread's end; what devices want done; notifications and interrupt of
+        // the random numbers, and of the vsock.
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
@@ -710,7 +765,8 @@ fn only_named_descriptors_are_open() {
         "pipe:[", // standard output, again for the serial port, and standard error
         "pipe:[",
         "pipe:[",
-        "socket:[", // the control socket
+        "socket:[", // the control socket, the vsock's
+        "socket:[",
     ];
     for sandbox in ["on", "off"] {
         let mut command = host.boot(&kernel, &[&flags[..], &["--sandbox", sandbox]].concat());

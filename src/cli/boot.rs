@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::{
     BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig, Sandbox,
-    VmConfig,
+    VmConfig, VsockConfig,
 };
 use crate::control::{Control, Place};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
@@ -102,6 +102,10 @@ pub struct BootArgs {
     /// ,deflate-on-oom and ,free-page-reporting and ,stats=SECONDS behind it [default: none]
     #[arg(long, value_name = "SIZE[,OPTION…]")]
     balloon: Option<BalloonConfig>,
+    /// Sockets between guest and host (virtio-vsock): the guest's CID (from 3 on) and the Unix socket to reach it by
+    #[arg(long, value_name = "cid=N,socket=PATH",
+        value_parser = OsStringValueParser::new().try_map(|text| VsockConfig::parse(&text)))]
+    vsock: Option<VsockConfig>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -311,6 +315,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     }
     config.root |= args.root;
     config.balloon = args.balloon.or(config.balloon);
+    config.vsock = args.vsock.or(config.vsock);
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

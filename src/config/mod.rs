@@ -8,6 +8,7 @@ mod disk;
 mod memory;
 mod name;
 mod size;
+mod vsock;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,6 +22,7 @@ pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
 pub use size::{ParseSizeError, Size};
+pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
 
 /// The most vCPUs a VM may have.
 pub const MAX_CPUS: u32 = 32;
@@ -70,6 +72,9 @@ pub struct VmConfig {
     /// A memory balloon, by which the host gets memory back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// Sockets between guest and host (virtio-vsock).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -215,6 +220,19 @@ pub enum ConfigError {
         "the kernel command line has a control character at byte {0}: take it out of --append or --cmdline"
     )]
     CmdlineControl(usize),
+    /// A CID that is not a guest's.
+    #[error(
+        "--vsock cid={0}: the CIDs 0, 1, 2 and 4294967295 are reserved (hypervisor, guest itself, host, any): choose \
+         one from 3 on"
+    )]
+    VsockCid(u32),
+    /// Longer than a Unix socket's address.
+    #[error(
+        "--vsock socket={path}: the path has {1} bytes, and at most {MAX_SOCKET_PATH} leave room for _PORT in a \
+         socket's address: choose a shorter one",
+        path = .0.display()
+    )]
+    VsockPath(PathBuf, usize),
     /// A zero timeout would stop the VM before it starts.
     #[error("--timeout 0s: give the guest some time, or leave the flag out for no limit")]
     ZeroTimeout,
@@ -281,6 +299,7 @@ impl VmConfig {
             disks: Vec::new(),
             root: false,
             balloon: None,
+            vsock: None,
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -324,12 +343,10 @@ impl VmConfig {
         self.validate_consoles()?;
         disk::validate(&self.disks, self.root)?;
         self.memory.validate()?;
-        match &self.balloon {
-            Some(balloon) if balloon.size >= self.memory.size => {
-                Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size))
-            }
-            _ => Ok(()),
+        if let Some(balloon) = self.balloon.as_ref().filter(|b| b.size >= self.memory.size) {
+            return Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size));
         }
+        self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)
     }
 }
 
@@ -394,6 +411,7 @@ mod tests {
         c.console = Some(HostEnd::Stdio);
         c.name = Some("web-1".into());
         c.control = Control::Path("vm.sock".into());
+        c.vsock = Some(VsockConfig { cid: 3, socket: "v.sock".into() });
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         c.sandbox = Sandbox::Strict;
         c.disks = vec![DiskConfig::new("root.img".into())];

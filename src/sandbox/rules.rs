@@ -12,27 +12,45 @@ use super::bpf::{Check, Rule, allow, allow_if, fails};
 pub enum ThreadKind {
     /// Runs the event loop, activates devices, starts their workers.
     Vmm,
+    /// The same in a VM that has a socket device, whose worker it starts.
+    VmmWithVsock,
     /// Runs the guest.
     Vcpu,
     /// Writes out what the guest prints.
     Console,
     /// Serves a virtio device.
     Worker,
+    /// Serves the socket device, with the host's programs at the other end.
+    Vsock,
+    /// Removes a socket's file at the VM's end.
+    Cleaner,
     /// Serves the control socket.
     Control,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 5] = [Self::Vmm, Self::Vcpu, Self::Console, Self::Worker, Self::Control];
+    pub const ALL: [Self; 8] = [
+        Self::Vmm,
+        Self::VmmWithVsock,
+        Self::Vcpu,
+        Self::Console,
+        Self::Worker,
+        Self::Vsock,
+        Self::Cleaner,
+        Self::Control,
+    ];
 
     /// Its tables. Each call stands in one of them only.
     pub(super) const fn tables(self) -> &'static [&'static [Rule]] {
         match self {
             Self::Vmm => &[COMMON, VMM, WORKERS],
+            Self::VmmWithVsock => &[COMMON, VMM, WORKERS, VSOCK],
             Self::Vcpu => &[COMMON, VCPU],
             Self::Console => &[COMMON, CONSOLE],
             Self::Worker => &[COMMON, WORKERS, WORKER],
+            Self::Vsock => &[COMMON, VSOCK_WORKER, VSOCK],
+            Self::Cleaner => &[COMMON, CLEANER],
             Self::Control => &[COMMON, CONTROL],
         }
     }
@@ -173,18 +191,42 @@ pub(super) const WORKERS: &[Rule] = &[
     allow(libc::SYS_recvfrom, "a socket"),
     allow(libc::SYS_sendmsg, "a socket from pieces of guest memory"),
     allow(libc::SYS_recvmsg, "a socket into pieces of guest memory"),
-    allow(libc::SYS_accept4, "a host's program at a vsock"),
-    allow_if(
-        libc::SYS_socket,
-        &[Check::Is(0, "family", &[("AF_UNIX", libc::AF_UNIX as u32)])],
-        "a guest's vsock connection to a program of the host; never the network",
-    ),
-    allow(libc::SYS_connect, "the same; there are Unix sockets alone to connect"),
-    allow(libc::SYS_shutdown, "a half-closed vsock connection"),
     allow(libc::SYS_eventfd2, "a worker's wake-up"),
     allow(libc::SYS_timerfd_create, "a rate limit's refill"),
     allow(libc::SYS_timerfd_settime, "a rate limit's refill"),
     allow(libc::SYS_epoll_create1, "a worker's event loop"),
+];
+
+/// `SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC`: a connection that nobody waits for.
+const STREAM: (&str, u32) =
+    ("a stream", (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as u32);
+
+/// What the socket device's worker needs besides, and so the VMM thread that starts it. No VM without such a device has
+/// these calls, and in one that does no other worker.
+pub(super) const VSOCK: &[Rule] = &[
+    allow(libc::SYS_accept4, "a host's program at a vsock"),
+    allow_if(
+        libc::SYS_socket,
+        &[Check::Is(0, "family", &[("AF_UNIX", libc::AF_UNIX as u32)]), Check::Is(1, "type", &[STREAM])],
+        "a guest's vsock connection to a program of the host; never the network",
+    ),
+    allow(libc::SYS_connect, "the same; there are Unix streams alone to connect"),
+    allow(libc::SYS_shutdown, "a half-closed vsock connection"),
+];
+
+/// What the socket device's worker needs that stands in the VMM thread's tables, too.
+const VSOCK_WORKER: &[Rule] = &[
+    allow(libc::SYS_epoll_wait, "the worker's event loop"),
+    allow(libc::SYS_epoll_ctl, "connections come and go"),
+    allow(libc::SYS_recvfrom, "a host's program to the guest"),
+    allow(libc::SYS_sendto, "the guest to a host's program"),
+    allow(libc::SYS_timerfd_settime, "the time limits of connections"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
 ];
 
 const VCPU: &[Rule] = &[
@@ -225,6 +267,18 @@ const WORKER: &[Rule] = &[
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
         "a tap's offloads; sockets that do not block; a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// This thread does nothing while the guest runs, so that no thread that the guest gives work can remove a file.
+const CLEANER: &[Rule] = &[
+    allow(libc::SYS_newfstatat, "is the vsock's socket still there, or another's"),
+    allow(libc::SYS_unlinkat, "that socket at the end; Landlock allows it in its folder alone"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -5,17 +5,23 @@ use super::rules::ThreadKind;
 use super::{SandboxError, layer};
 
 static VMM: Program = Program::new(ThreadKind::Vmm.tables());
+static VMM_WITH_VSOCK: Program = Program::new(ThreadKind::VmmWithVsock.tables());
 static VCPU: Program = Program::new(ThreadKind::Vcpu.tables());
 static CONSOLE: Program = Program::new(ThreadKind::Console.tables());
 static WORKER: Program = Program::new(ThreadKind::Worker.tables());
+static VSOCK: Program = Program::new(ThreadKind::Vsock.tables());
+static CLEANER: Program = Program::new(ThreadKind::Cleaner.tables());
 static CONTROL: Program = Program::new(ThreadKind::Control.tables());
 
 fn program(kind: ThreadKind) -> &'static Program {
     match kind {
         ThreadKind::Vmm => &VMM,
+        ThreadKind::VmmWithVsock => &VMM_WITH_VSOCK,
         ThreadKind::Vcpu => &VCPU,
         ThreadKind::Console => &CONSOLE,
         ThreadKind::Worker => &WORKER,
+        ThreadKind::Vsock => &VSOCK,
+        ThreadKind::Cleaner => &CLEANER,
         ThreadKind::Control => &CONTROL,
     }
 }
@@ -38,7 +44,7 @@ mod tests {
     };
 
     use super::super::bpf::{Answer, Check, Rule};
-    use super::super::rules::{COMMON, VMM as VMM_RULES, WORKERS};
+    use super::super::rules::{COMMON, VMM as VMM_RULES, VSOCK as VSOCK_RULES, WORKERS};
     use super::*;
     use crate::sys::syscalls;
 
@@ -75,25 +81,35 @@ mod tests {
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value.into()).unwrap()
     }
 
+    /// The values that a check takes, one by one.
+    fn conditions(check: &Check) -> Vec<SeccompCondition> {
+        match check {
+            Check::Is(argument, _, values) => {
+                values.iter().map(|v| condition(*argument, SeccompCmpOp::Eq, v.1)).collect()
+            }
+            Check::Without(argument, _, (_, bits)) => {
+                vec![condition(*argument, SeccompCmpOp::MaskedEq(u64::from(*bits)), 0)]
+            }
+            Check::OwnProcess(argument) => vec![condition(*argument, SeccompCmpOp::Eq, OWN)],
+        }
+    }
+
     /// The same tables by way of seccompiler.
     fn reference(kind: ThreadKind) -> BpfProgram {
         let mut map = BTreeMap::new();
         for rule in rules(kind).filter(|r| matches!(r.answer, Answer::Allow)) {
-            let alternatives: Vec<SeccompRule> = match rule.checks {
-                [] => vec![],
-                [Check::Is(argument, _, values)] => {
-                    let one = |v: &(_, u32)| vec![condition(*argument, SeccompCmpOp::Eq, v.1)];
-                    values.iter().map(|v| SeccompRule::new(one(v)).unwrap()).collect()
-                }
-                [Check::Without(argument, _, (_, bits))] => {
-                    let masked = SeccompCmpOp::MaskedEq(u64::from(*bits));
-                    vec![SeccompRule::new(vec![condition(*argument, masked, 0)]).unwrap()]
-                }
-                [Check::OwnProcess(argument)] => {
-                    vec![SeccompRule::new(vec![condition(*argument, SeccompCmpOp::Eq, OWN)]).unwrap()]
-                }
-                _ => panic!("teach this test rules of many checks"),
-            };
+            // Each check has alternatives, and every check must hold: all combinations.
+            let mut combinations = vec![Vec::new()];
+            for check in rule.checks {
+                let alternatives = conditions(check);
+                let with = |so_far: &Vec<SeccompCondition>| -> Vec<_> {
+                    alternatives.iter().map(|c| [so_far.clone(), vec![c.clone()]].concat()).collect()
+                };
+                combinations = combinations.iter().flat_map(with).collect();
+            }
+            let is_checked = !rule.checks.is_empty();
+            let alternatives = combinations.into_iter().filter(|_| is_checked);
+            let alternatives = alternatives.map(|c| SeccompRule::new(c).unwrap()).collect();
             map.insert(rule.number.into(), alternatives);
         }
         SeccompFilter::new(map, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)
@@ -137,6 +153,30 @@ mod tests {
                     decide_alike(rule.number, [u64::from(value); 6]);
                     decide_alike(rule.number, [u64::from(value) | 7 << 32; 6]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sockets_are_unix_streams_and_only_where_there_is_a_vsock() {
+        let stream = (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as u64;
+        let is_allowed = |kind, family: i32, what: u64| {
+            let code = program(kind).code(OWN);
+            let answer = run(&code, libc::SYS_socket as u32, X86_64, [family as u64, what, 0, 0, 0, 0]);
+            answer == libc::SECCOMP_RET_ALLOW
+        };
+        for kind in ThreadKind::ALL {
+            let may = matches!(kind, ThreadKind::Vsock | ThreadKind::VmmWithVsock);
+            assert_eq!(is_allowed(kind, libc::AF_UNIX, stream), may, "{kind:?}");
+            for (family, what) in [
+                (libc::AF_INET, stream),
+                (libc::AF_VSOCK, stream),
+                (libc::AF_NETLINK, stream),
+                (libc::AF_UNIX, stream & !(libc::SOCK_CLOEXEC as u64)),
+                (libc::AF_UNIX, libc::SOCK_DGRAM as u64),
+                (libc::AF_UNIX, libc::SOCK_SEQPACKET as u64),
+            ] {
+                assert!(!is_allowed(kind, family, what), "{kind:?} {family} {what:#x}");
             }
         }
     }
@@ -203,6 +243,9 @@ mod tests {
             ("VMM thread", VMM_RULES),
             ("VMM thread, for the workers of devices, and these", WORKERS),
             ("Workers of devices", ThreadKind::Worker.tables()[2]),
+            ("Worker of the socket device", ThreadKind::Vsock.tables()[1]),
+            ("Worker of the socket device, and the VMM thread where there is one", VSOCK_RULES),
+            ("Cleaner of the vsock's socket", ThreadKind::Cleaner.tables()[1]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),
             ("Control thread", ThreadKind::Control.tables()[1]),

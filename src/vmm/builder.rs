@@ -24,7 +24,7 @@ use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
 use crate::devices::{AddDeviceError, DeviceControls};
 use crate::metrics::{Phase, Registry, Timeline};
-use crate::sandbox::{Kept, Layers, SandboxError};
+use crate::sandbox::{Kept, Layers, SandboxError, ThreadKind};
 use crate::vcpu::{AddressSpace, Reports, Vcpu, VcpuError, install_kick_handler};
 use crate::vm::{HostKvm, KvmError, Memory, MemoryError, OpenKvmError, Vm};
 
@@ -118,6 +118,7 @@ pub fn build(
     let files = BootFiles::open(&config.kernel)?;
     let mut controls = DeviceControls::default();
     let mut devices = Devices::open(config, &metrics, &mut controls)?;
+    let services = devices.take_services();
     let slots = Slots::of(&devices, config.discovery);
     let (cpus, consoles) = (config.cpus, &console_words(config));
     let cmdline_config = CmdlineConfig { consoles, cpus, root: root(config), virtio: &slots.cmdline };
@@ -180,7 +181,7 @@ pub fn build(
     let outputs = consoles.iter().map(Console::output).collect();
     let parts = MachineParts { devices: controls, threads, consoles: outputs, state, pauses };
     let machine = Machine::new(parts);
-    let services = Vec::new();
+    let kind = if config.vsock.is_some() { ThreadKind::VmmWithVsock } else { ThreadKind::Vmm };
     Ok(Vmm {
         vcpus,
         reports,
@@ -193,6 +194,7 @@ pub fn build(
         memory,
         layers,
         kept,
+        kind,
         services,
     })
 }

@@ -12,6 +12,7 @@ use crate::config::{HostEnd, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
     WorkerControl,
@@ -22,6 +23,7 @@ use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
 
 use super::console::GuestEnd;
+use super::service::Service;
 
 /// A virtio device cannot be part of the VM.
 #[derive(Debug, Error)]
@@ -35,6 +37,9 @@ pub enum DeviceError {
     /// The virtio console.
     #[error("--console: no descriptor is left: raise the limit (ulimit -n)")]
     Console(#[source] std::io::Error),
+    /// The socket of `--vsock`.
+    #[error(transparent)]
+    Vsock(#[from] HostSocketError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -51,6 +56,7 @@ pub(super) struct Devices {
     all: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
     /// What the virtio console prints and takes, until the host's end has it.
     pub console: Option<GuestEnd>,
+    services: Vec<Box<dyn Service>>,
 }
 
 impl Devices {
@@ -88,10 +94,22 @@ impl Devices {
             devices.push(Box::new(device));
             console = Some(end);
         }
+        let mut services: Vec<Box<dyn Service>> = Vec::new();
+        if let Some(vsock) = &config.vsock {
+            let (vsock, file) = Vsock::open(vsock.cid, &vsock.socket, metrics)?;
+            services.push(Box::new(file));
+            controls.add(vsock.control())?;
+            devices.push(Box::new(vsock));
+        }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self { all: virtio_slots().zip(devices).collect(), console })
+        Ok(Self { all: virtio_slots().zip(devices).collect(), console, services })
+    }
+
+    /// What runs beside the guest for them.
+    pub(super) fn take_services(&mut self) -> Vec<Box<dyn Service>> {
+        std::mem::take(&mut self.services)
     }
 
     /// Where they are.

@@ -10,13 +10,14 @@ mod metrics;
 mod request;
 mod run;
 mod service;
+mod socket_file;
 mod state;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use crate::metrics::{Registry, Timeline};
-use crate::sandbox::{Kept, Layers};
+use crate::sandbox::{Kept, Layers, ThreadKind};
 use crate::vcpu::{Reports, Vcpu};
 use crate::vm::{Memory, Vm};
 
@@ -42,6 +43,8 @@ pub struct Vmm {
     memory: Memory,
     layers: Layers,
     kept: Kept,
+    /// What the thread that runs it is confined to.
+    kind: ThreadKind,
     services: Vec<Box<dyn Service>>,
 }
 

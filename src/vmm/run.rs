@@ -17,7 +17,7 @@ use crate::devices::DeviceControls;
 use crate::devices::timer::Timer;
 use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
-use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
+use crate::sandbox::{Confined, Kept, SandboxError};
 use crate::sys::event::new_event;
 use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
@@ -225,7 +225,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
         consoles.push(console);
     }
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
-    confined.confine_thread(ThreadKind::Vmm)?;
+    confined.confine_thread(vmm.kind)?;
 
     vmm.timeline.mark(Phase::FirstRun);
     // A VM that is built can run: the table of states says so.

@@ -6,7 +6,7 @@ use crate::sandbox::{Confined, Folder, Kept, SandboxError};
 
 /// What is open before the process is confined, and starts once it is.
 pub trait Service {
-    /// Puts its descriptors on the list of those that stay open, and says in which folders it removes something.
+    /// Puts its descriptors on the list of those that stay open, and says what it goes on to need of which folders.
     fn keep(&self, kept: &mut Kept) -> Vec<Folder>;
 
     /// Starts its confined thread. It runs until what this returns is dropped, after the VM's end.

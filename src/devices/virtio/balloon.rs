@@ -16,7 +16,7 @@ use crate::devices::DeviceControl;
 use crate::devices::timer::Timer;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, VirtioDevice, Worker, WorkerControl,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Served, VirtioDevice, Worker, WorkerControl,
     read_config_space, take_queue,
 };
 
@@ -77,6 +77,32 @@ impl Balloon {
         Box::new(control::BalloonControl(self.handle()))
     }
 
+    /// What its thread serves, for who serves it without a thread, as a fuzzer.
+    ///
+    /// # Errors
+    /// A queue is missing, or the host has no descriptor left.
+    pub fn serving(&self, activation: Activation) -> Result<impl Served + use<>, ActivateError> {
+        self.worker_of(activation)
+    }
+
+    fn worker_of(&self, mut activation: Activation) -> Result<BalloonWorker, ActivateError> {
+        let has = |feature| activation.features & feature != 0;
+        let (has_stats, has_reports) = (has(F_STATS), has(F_REPORTING));
+        let queues = &mut activation.queues;
+        Ok(BalloonWorker {
+            inflate: take_queue(queues, 0)?,
+            deflate: take_queue(queues, 1)?,
+            stats: has_stats.then(|| self.stats(queues)).transpose()?,
+            // A queue that the driver left out shifts those behind it, as Linux and QEMU count (not as §5.5.2 does).
+            reports: has_reports.then(|| take_queue(queues, 2 + u16::from(has_stats))).transpose()?,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            handle: self.handle.clone(),
+            chain: Chain::default(),
+            refused: false,
+        })
+    }
+
     /// The statistics queue, and when to ask.
     fn stats(&self, queues: &mut Vec<ActiveQueue>) -> Result<Stats, ActivateError> {
         let interval = self.stats_interval.unwrap_or(DEFAULT_INTERVAL);
@@ -110,34 +136,22 @@ impl VirtioDevice for Balloon {
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let mut actual = self.handle.actual().to_le_bytes();
-        for (byte, at) in data.iter().zip(offset..) {
-            if let Some(place) = at.checked_sub(ACTUAL).and_then(|i| actual.get_mut(i as usize)) {
+        for (byte, i) in data.iter().zip(0..) {
+            let at = offset.checked_add(i).and_then(|at| at.checked_sub(ACTUAL));
+            if let Some(place) = at.and_then(|at| actual.get_mut(usize::try_from(at).ok()?)) {
                 *place = *byte;
             }
         }
         self.handle.set_actual(u32::from_le_bytes(actual));
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let has = |feature| activation.features & feature != 0;
-        let (has_stats, has_reports) = (has(F_STATS), has(F_REPORTING));
-        let queues = &mut activation.queues;
-        let worker = BalloonWorker {
-            inflate: take_queue(queues, 0)?,
-            deflate: take_queue(queues, 1)?,
-            stats: has_stats.then(|| self.stats(queues)).transpose()?,
-            // A queue that the driver left out shifts those behind it, as Linux and QEMU count (not as §5.5.2 does).
-            reports: has_reports.then(|| take_queue(queues, 2 + u16::from(has_stats))).transpose()?,
-            memory: activation.memory,
-            interrupt: activation.interrupt.clone(),
-            handle: self.handle.clone(),
-            chain: Chain::default(),
-            refused: false,
-        };
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let confined = activation.confined;
+        let interrupt = activation.interrupt.clone();
+        let worker = self.worker_of(activation)?;
         // Before the thread, which may find the driver's first statistics at once.
-        self.handle.start(activation.interrupt);
-        self.worker =
-            Some(Worker::start(NAME, activation.confined, worker).inspect_err(|_| self.handle.stop())?);
+        self.handle.start(interrupt);
+        self.worker = Some(Worker::start(NAME, confined, worker).inspect_err(|_| self.handle.stop())?);
         Ok(())
     }
 

@@ -19,6 +19,7 @@ pub mod rng;
 #[cfg(test)]
 pub mod testing;
 mod transport;
+pub mod vsock;
 mod worker;
 
 use std::sync::Arc;

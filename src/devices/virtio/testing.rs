@@ -74,19 +74,18 @@ impl Driver {
     /// As [`Driver::start`], accepting only `features` of what is offered.
     pub fn start_with(device: Box<dyn VirtioDevice>, sizes: &[u16], features: u64) -> Self {
         let mut driver = Self::new(device);
-        driver.negotiate(features);
-        for (index, size) in sizes.iter().enumerate() {
-            driver.set_up_queue(index as u32, *size);
-        }
-        driver.write(0x70, 15);
-        assert_eq!(driver.read(0x70), 15, "the device did not start");
+        driver.set_up(sizes, features);
         driver
     }
 
-    /// Resets the device and starts it again, with fresh rings.
+    /// Resets the device and starts it again, with empty queues of these sizes.
     pub fn restart(&mut self, sizes: &[u16]) {
-        self.negotiate(u64::MAX);
         self.rings.clear();
+        self.set_up(sizes, u64::MAX);
+    }
+
+    fn set_up(&mut self, sizes: &[u16], features: u64) {
+        self.negotiate(features);
         for (index, size) in sizes.iter().enumerate() {
             self.set_up_queue(index as u32, *size);
         }

@@ -13,6 +13,8 @@ use super::pause::{Next, WorkerControl};
 
 /// What a device's thread does, event by event.
 pub trait Served: Send + 'static {
+    /// What its thread is confined to.
+    const THREAD: ThreadKind = ThreadKind::Worker;
     /// The descriptors that it waits for, each with the token that [`Served::event`] gets.
     fn events(&self) -> Vec<(RawFd, EventSet, u64)>;
     /// Descriptor `token` is ready. `epoll` is there to wait for more, or for less.
@@ -50,7 +52,7 @@ impl<S: Served> Worker<S> {
             watch(fd, set, token)?;
         }
         let own_control = control.clone();
-        let thread = confined.spawn(ThreadKind::Worker, name.into(), STACK, move || {
+        let thread = confined.spawn(S::THREAD, name.into(), STACK, move || {
             // However the thread ends, nobody waits for it any more.
             let _ending = own_control.ends_with_this();
             serve(&mut state, &epoll, &own_control);

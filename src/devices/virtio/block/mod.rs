@@ -24,14 +24,14 @@ use crate::config::{DiskConfig, DiskEngine};
 use crate::devices::DeviceControl;
 use crate::devices::timer::Timer;
 use crate::metrics::Registry;
-use crate::sandbox::Kept;
+use crate::sandbox::{Confined, Kept};
 use crate::sys::event::new_event;
 use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, WorkerControl,
-    read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceKind, Served, VirtioDevice, Worker, WorkerControl,
+    read_config_space, take_queue,
 };
 use engine::{Engine, Pool};
 use image::Image;
@@ -187,7 +187,29 @@ impl Block {
         space
     }
 
-    fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
+    /// What the thread of its first queue serves, for who serves it without a thread, as a fuzzer. Other threads do the
+    /// operations, or io_uring does.
+    ///
+    /// # Errors
+    /// The queue is missing, or the host is short of something.
+    pub fn serving(&mut self, mut activation: Activation) -> Result<impl Served + use<>, ActivateError> {
+        let queue = take_queue(&mut activation.queues, 0)?;
+        self.start_pool(activation.confined)?;
+        self.worker_of(queue, &activation)
+    }
+
+    fn start_pool(&mut self, confined: Confined) -> Result<(), ActivateError> {
+        if !self.uring {
+            self.pool = Some(Pool::start(&self.shared.id, confined)?);
+        }
+        Ok(())
+    }
+
+    fn worker_of(
+        &mut self,
+        queue: ActiveQueue,
+        activation: &Activation,
+    ) -> Result<BlockWorker, ActivateError> {
         let index = usize::from(queue.index);
         let parts = match self.parts.get_mut(index).and_then(Option::take) {
             Some(parts) => parts,
@@ -200,7 +222,6 @@ impl Block {
             (None, Some(pool)) => pool.client(parts.done.clone()).map(Engine::Threads).ok_or_else(no_pool)?,
             (None, None) => return Err(no_pool().into()),
         };
-        let name = format!("{}-q{index}", self.shared.id);
         let worker = BlockWorker::new(WorkerParts {
             queue,
             memory: activation.memory.clone(),
@@ -212,6 +233,12 @@ impl Block {
             timer: parts.timer,
         });
         self.shared.limits_change_for(worker.queue.notify.clone());
+        Ok(worker)
+    }
+
+    fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
+        let name = format!("{}-q{}", self.shared.id, queue.index);
+        let worker = self.worker_of(queue, activation)?;
         self.workers.push(Worker::start(&name, activation.confined, worker)?);
         Ok(())
     }
@@ -304,9 +331,7 @@ impl VirtioDevice for Block {
             let writeback = activation.features & F_FLUSH != 0;
             self.shared.writeback.store(writeback, Ordering::Relaxed);
         }
-        if !self.uring {
-            self.pool = Some(Pool::start(&self.shared.id, activation.confined)?);
-        }
+        self.start_pool(activation.confined)?;
         for queue in std::mem::take(&mut activation.queues) {
             if let Err(e) = self.start(queue, &activation) {
                 drop(self.quiesce());

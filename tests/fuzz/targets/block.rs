@@ -1,0 +1,225 @@
+//! A disk with a driver that sends any requests and chains. Where it does nothing wrong, each request is answered and
+//! reads find what was written; whatever it does, the image keeps its length and the device finds rest.
+#![no_main]
+
+mod harness;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use arbitrary::Arbitrary;
+use harness::{BUFFERS, Guest, Piece};
+use libfuzzer_sys::fuzz_target;
+use microvm::config::{DiskConfig, DiskEngine};
+use microvm::devices::virtio::block::Block;
+use microvm::devices::virtio::{Served, VirtioDevice};
+use microvm::vm::Memory;
+use vm_memory::{Bytes, GuestAddress};
+
+const SECTORS: usize = 64;
+const LEN: usize = SECTORS * 512;
+/// Kinds of requests (virtio 1.3 §5.2.6).
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+const HEADER: u64 = BUFFERS;
+const STATUS: u64 = BUFFERS + 0x100;
+const DATA: u64 = BUFFERS + 0x1000;
+
+#[derive(Arbitrary, Debug)]
+enum Step<'a> {
+    Read {
+        sector: u8,
+        sectors: u8,
+    },
+    Write {
+        sector: u8,
+        sectors: u8,
+        fill: u8,
+    },
+    Flush,
+    Ranges {
+        discard: bool,
+        sector: u8,
+        sectors: u8,
+        flags: u8,
+    },
+    /// A header of any kind before data of any length.
+    Request {
+        kind: u32,
+        sector: u64,
+        data: &'a [u8],
+        room: u16,
+        writable: bool,
+    },
+    Chain(Vec<Piece>),
+    Scribble(u32, &'a [u8]),
+    WriteBack(u64, u8),
+}
+
+/// One image for all inputs. Threads read and write it; none is left when an input ends.
+struct Host {
+    block: Block,
+    file: File,
+    memory: Memory,
+}
+
+fn folder() -> PathBuf {
+    let base = PathBuf::from("/dev/shm");
+    let base = if base.is_dir() { base } else { std::env::temp_dir() };
+    base.join(format!("microvm-fuzz-{}", std::process::id()))
+}
+
+impl Host {
+    fn new() -> Self {
+        std::fs::create_dir_all(folder()).unwrap();
+        extern "C" fn remove() {
+            let _ = std::fs::remove_dir_all(folder());
+        }
+        // SAFETY: the function takes and returns nothing, and touches no state of ours.
+        unsafe { libc::atexit(remove) };
+        let path = folder().join("disk");
+        std::fs::write(&path, vec![0; LEN]).unwrap();
+        let mut config = DiskConfig::new(path.clone());
+        config.engine = Some(DiskEngine::Threads);
+        let block = Block::open(&config, 0, 1).unwrap();
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        Self { block, file, memory: Memory::new(&"2M".parse().unwrap()).unwrap() }
+    }
+}
+
+thread_local! {
+    static HOST: RefCell<Option<Host>> = const { RefCell::new(None) };
+}
+
+fuzz_target!(|steps: Vec<Step>| {
+    HOST.with_borrow_mut(|host| run(host.get_or_insert_with(Host::new), &steps));
+});
+
+/// The driver, and what it believes to be on the disk.
+struct Driver {
+    guest: Guest,
+    disk: Vec<u8>,
+    is_proper: bool,
+}
+
+fn run(host: &mut Host, steps: &[Step]) {
+    host.file.write_all_at(&[0; LEN], 0).unwrap();
+    let features = host.block.features();
+    let (guest, activation) = Guest::new(&host.memory, &[128], features);
+    let mut device = host.block.serving(activation).unwrap();
+    guest.watch(&device);
+    let mut driver = Driver { guest, disk: vec![0; LEN], is_proper: true };
+    for step in steps.iter().take(64) {
+        if let Step::WriteBack(at, value) = step {
+            host.block.write_config(*at, &[*value]);
+        } else {
+            driver.take(step, &mut device);
+        }
+    }
+    device.stop();
+    drop(device);
+    // Ends the threads.
+    drop(host.block.quiesce());
+    assert_eq!(host.file.metadata().unwrap().len(), LEN as u64, "the image has another length");
+    if driver.is_proper {
+        let mut found = vec![0; LEN];
+        host.file.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == driver.disk, "the image has other contents");
+    }
+}
+
+impl Driver {
+    fn take(&mut self, step: &Step, device: &mut impl Served) {
+        match step {
+            Step::Read { sector, sectors } => {
+                let (sector, len) = (u64::from(*sector % 80), usize::from(*sectors % 80) * 512);
+                let status = self.request(device, IN, sector, (DATA, len as u32, true));
+                if let Some(range) = self.range(sector, len, status) {
+                    let mut found = vec![0; len];
+                    self.guest.memory.guest().read_slice(&mut found, GuestAddress(DATA)).unwrap();
+                    assert!(found == self.disk[range], "a read finds other data");
+                }
+            }
+            Step::Write { sector, sectors, fill } => {
+                let (sector, len) = (u64::from(*sector % 80), usize::from(*sectors % 80) * 512);
+                self.guest.memory.guest().write_slice(&vec![*fill; len], GuestAddress(DATA)).unwrap();
+                let status = self.request(device, OUT, sector, (DATA, len as u32, false));
+                if let Some(range) = self.range(sector, len, status) {
+                    self.disk[range].fill(*fill);
+                }
+            }
+            Step::Flush => drop(self.request(device, FLUSH, 0, (DATA, 0, false))),
+            Step::Ranges { discard, sector, sectors, flags } => {
+                let (sector, count) = (u64::from(*sector % 80), u32::from(*sectors % 80));
+                let words =
+                    [&sector.to_le_bytes()[..], &count.to_le_bytes(), &u32::from(*flags).to_le_bytes()];
+                self.guest.memory.guest().write_slice(&words.concat(), GuestAddress(DATA)).unwrap();
+                let kind = if *discard { DISCARD } else { WRITE_ZEROES };
+                let status = self.request(device, kind, 0, (DATA, 16, false));
+                if let Some(range) = self.range(sector, count as usize * 512, status) {
+                    self.disk[range].fill(0);
+                }
+            }
+            Step::Request { kind, sector, data, room, writable } => {
+                // What else a driver may want is either harmless or refused.
+                let kind = if [OUT, DISCARD, WRITE_ZEROES].contains(kind) { GET_ID } else { *kind };
+                let data = &data[..data.len().min(4096)];
+                self.guest.memory.guest().write_slice(data, GuestAddress(DATA)).unwrap();
+                self.request(device, kind, *sector, (DATA, (*room).into(), *writable));
+            }
+            Step::Chain(pieces) => {
+                self.is_proper = false;
+                self.guest.offer_pieces(0, pieces);
+                self.guest.serve(device, |_| true);
+            }
+            Step::Scribble(at, bytes) => {
+                self.is_proper = false;
+                self.guest.scribble(*at, bytes);
+                self.guest.notify(0);
+                self.guest.serve(device, |_| true);
+            }
+            Step::WriteBack(..) => {}
+        }
+    }
+
+    /// One request, and its status.
+    fn request(
+        &mut self,
+        device: &mut impl Served,
+        kind: u32,
+        sector: u64,
+        data: (u64, u32, bool),
+    ) -> Option<u8> {
+        let memory = self.guest.memory.guest();
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        memory.write_slice(&header, GuestAddress(HEADER)).unwrap();
+        memory.write_obj(0xff_u8, GuestAddress(STATUS)).unwrap();
+        let all = [(HEADER, 16, false), data, (STATUS, 1, true)];
+        let chain: Vec<_> = all.into_iter().filter(|(_, len, _)| *len > 0).collect();
+        self.guest.offer(0, &chain);
+        if !self.is_proper {
+            self.guest.serve(device, |_| true);
+            return None;
+        }
+        self.guest.serve(device, |guest| guest.is_idle(0));
+        assert!(!self.guest.interrupt.is_reset_needed(), "a driver that did nothing wrong");
+        let status = self.guest.memory.guest().read_obj(GuestAddress(STATUS)).unwrap();
+        assert!(status <= 2, "no status");
+        Some(status)
+    }
+
+    /// The part of the disk that a request which succeeded was about.
+    fn range(&self, sector: u64, len: usize, status: Option<u8>) -> Option<std::ops::Range<usize>> {
+        let start = sector as usize * 512;
+        let is_inside = start + len <= LEN;
+        let is_ok = status? == 0;
+        assert!(!is_ok || is_inside || len == 0, "success past the end");
+        (is_ok && is_inside).then_some(start..start + len)
+    }
+}
