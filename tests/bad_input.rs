@@ -432,3 +432,40 @@ fn disk_options_that_are_none() {
     let names = host.boot(&kernel, &["--disk", "disk,id=disk1", "--disk", "disk"]).output().unwrap();
     assert_fails(&names, 2, &["--disk disk", "disk1", "id=NAME"]);
 }
+
+#[test]
+fn a_tap_that_is_not_there() {
+    let host = Host::new();
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=no-such-tap"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=no-such-tap", "no such interface", "ip tuntap add no-such-tap"]);
+}
+
+#[test]
+fn an_interface_that_is_no_tap() {
+    let host = Host::new();
+    // "no tap", or no /dev/net/tun at all, or not for this user: whichever, it names the flag and what to do.
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=lo"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=lo", "sudo"]);
+}
+
+#[test]
+fn no_passt_installed() {
+    let host = Host::new();
+    let mut command = host.boot(&host.kernel(&power_off()), &["--net", "user"]);
+    let output = command.env("PATH", "/nonexistent").output().unwrap();
+    assert_fails(&output, 1, &["--net user", "no passt", "apt-get install passt"]);
+}
+
+#[test]
+fn a_published_port_that_is_taken() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let taken = [(tcp.local_addr().unwrap(), "tcp"), (udp.local_addr().unwrap(), "udp")];
+    for (address, protocol) in taken {
+        let port = format!("{address}:80/{protocol}");
+        let output = host.boot(&kernel, &["--net", "user", "-p", &port]).output().unwrap();
+        assert_fails(&output, 1, &["--publish", &port, "in use"]);
+    }
+}

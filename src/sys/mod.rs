@@ -3,9 +3,11 @@
 pub mod background_close;
 pub mod confinement;
 pub mod file_io;
+pub mod guest_iovec;
 pub mod mapping;
 pub mod signals;
 pub mod syscalls;
+pub mod tap;
 pub mod terminal;
 pub mod uring;
 pub mod violation;

@@ -7,9 +7,10 @@ use thiserror::Error;
 
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
-use crate::config::VmConfig;
+use crate::config::{NetBackend, Publish, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::virtio::net::{Net, Passt, PasstError, Tap, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -28,6 +29,12 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A network card's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A network card's passt.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -68,6 +75,7 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
+        open_nets(config, &mut devices)?;
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
@@ -112,4 +120,18 @@ impl Devices {
         }
         Ok(())
     }
+}
+
+fn open_nets(config: &VmConfig, devices: &mut Vec<Box<dyn VirtioDevice>>) -> Result<(), DeviceError> {
+    // The first card in user mode has all published ports.
+    let mut publish: &[Publish] = &config.publish;
+    for (index, net) in config.nets.iter().enumerate() {
+        let (id, mac) = (format!("net{index}"), net.mac(index));
+        let card = match &net.backend {
+            NetBackend::Tap(name) => Net::new(id, mac, Box::new(Tap::open(name)?)),
+            NetBackend::User => Net::new(id, mac, Box::new(Passt::start(std::mem::take(&mut publish))?)),
+        };
+        devices.push(Box::new(card.with_limits(net.iops, net.bandwidth.map(|b| b.0))));
+    }
+    Ok(())
 }

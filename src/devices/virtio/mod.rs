@@ -9,6 +9,7 @@ pub mod block;
 mod chain;
 pub mod console;
 mod interrupt;
+pub mod net;
 mod queue;
 #[cfg(test)]
 mod queue_tests;
