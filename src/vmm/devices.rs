@@ -1,5 +1,6 @@
 //! The virtio devices of a VM: made from the configuration, and connected to the guest.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::IoEventAddress;
@@ -10,7 +11,7 @@ use crate::bus::{Bus, Overlap};
 use crate::config::{NetBackend, Publish, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
-use crate::devices::virtio::net::{Net, Passt, PasstError, Tap, TapError};
+use crate::devices::virtio::net::{Backend, Net, NetParts, Passt, PasstError, Tap, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -29,6 +30,9 @@ pub enum DeviceError {
     /// A disk.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A network card has no descriptor for its timers.
+    #[error("--net: no descriptor is left: raise the limit (ulimit -n)")]
+    Net(#[source] io::Error),
     /// A network card's tap.
     #[error(transparent)]
     Tap(#[from] TapError),
@@ -75,7 +79,11 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
-        open_nets(config, &mut devices)?;
+        open_nets(config, metrics, |net| {
+            controls.add(net.control())?;
+            devices.push(Box::new(net));
+            Ok(())
+        })?;
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
@@ -122,16 +130,27 @@ impl Devices {
     }
 }
 
-fn open_nets(config: &VmConfig, devices: &mut Vec<Box<dyn VirtioDevice>>) -> Result<(), DeviceError> {
-    // The first card in user mode has all published ports.
+/// Opens the network cards. The first in user mode has all published ports.
+fn open_nets(
+    config: &VmConfig,
+    metrics: &Registry,
+    mut add: impl FnMut(Net) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
     let mut publish: &[Publish] = &config.publish;
     for (index, net) in config.nets.iter().enumerate() {
-        let (id, mac) = (format!("net{index}"), net.mac(index));
-        let card = match &net.backend {
-            NetBackend::Tap(name) => Net::new(id, mac, Box::new(Tap::open(name)?)),
-            NetBackend::User => Net::new(id, mac, Box::new(Passt::start(std::mem::take(&mut publish))?)),
+        let (backend, name): (Box<dyn Backend>, _) = match &net.backend {
+            NetBackend::Tap(name) => (Box::new(Tap::open(name)?), format!("tap={name}")),
+            NetBackend::User => (Box::new(Passt::start(std::mem::take(&mut publish))?), "user".into()),
         };
-        devices.push(Box::new(card.with_limits(net.iops, net.bandwidth.map(|b| b.0))));
+        let parts = NetParts {
+            id: format!("net{index}"),
+            mac: net.mac(index),
+            backend,
+            name,
+            iops: net.iops,
+            bandwidth: net.bandwidth.map(|b| b.0),
+        };
+        add(Net::new(parts, metrics).map_err(DeviceError::Net)?)?;
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub use chain::{Chain, Segment, slice};
 pub use interrupt::Interrupt;
 pub use queue::{MAX_QUEUE_SIZE, Queue, QueueError, QueueSetup};
 pub use transport::{MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VmmThread, VmmThreadJobs};
-pub use worker::{Served, Worker};
+pub use worker::{NotStarted, Served, Worker};
 
 /// `VIRTIO_F_INDIRECT_DESC` (§6).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

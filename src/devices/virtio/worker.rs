@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -28,39 +28,74 @@ const STACK: usize = 256 << 10;
 /// Events taken at once.
 const BATCH: usize = 16;
 
+/// A worker could not be started. Its state is there for another try: what it has of the host cannot be had again once
+/// the VM is confined.
+pub struct NotStarted<S> {
+    /// Why.
+    pub error: ActivateError,
+    /// `None`: it was lost with its thread, which cannot happen before it has begun.
+    pub state: Option<S>,
+}
+
+impl<S> From<NotStarted<S>> for ActivateError {
+    fn from(not_started: NotStarted<S>) -> Self {
+        not_started.error
+    }
+}
+
 /// A running device's thread. [`Worker::stop`] ends it and gives the device's state back.
 pub struct Worker<S> {
     stop: Arc<EventFd>,
-    thread: JoinHandle<Option<S>>,
+    thread: JoinHandle<Option<Option<S>>>,
 }
 
 impl<S: Served> Worker<S> {
     /// Starts a thread named `name` that serves `state`, confined before it does.
     ///
     /// # Errors
-    /// The host has no thread or descriptor left, or cannot confine it.
-    pub fn start(name: &str, confined: Confined, mut state: S) -> Result<Self, ActivateError> {
-        let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let epoll = Epoll::new()?;
-        let watch = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
-        watch(stop.as_raw_fd(), EventSet::IN, STOP)?;
-        for (fd, set, token) in state.events() {
-            watch(fd, set, token)?;
-        }
-        let stop_event = stop.clone();
+    /// The host has no thread or descriptor left, or cannot confine it. The state comes back.
+    pub fn start(name: &str, confined: Confined, state: S) -> Result<Self, NotStarted<S>> {
+        let prepared = Epoll::new().and_then(|epoll| Ok((watch(&epoll, &state)?, epoll)));
+        let (stop, epoll) = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => return Err(NotStarted { error: e.into(), state: Some(state) }),
+        };
+        // A thread that does not start drops what it was given, but not what it takes once it runs.
+        let place = Arc::new(Mutex::new(Some(state)));
+        let (stop_event, taken) = (stop.clone(), place.clone());
         let thread = confined.spawn(ThreadKind::Worker, name.into(), STACK, move || {
+            let mut state = lock(&taken).take()?;
             serve(&mut state, &epoll);
             drop(stop_event);
-            state
-        })?;
-        Ok(Self { stop, thread })
+            Some(state)
+        });
+        match thread {
+            Ok(thread) => Ok(Self { stop, thread }),
+            Err(e) => Err(NotStarted { error: e.into(), state: lock(&place).take() }),
+        }
     }
 
     /// Ends the thread and waits for it. `None`: it panicked, and its state is lost.
     pub fn stop(self) -> Option<S> {
         let _ = self.stop.write(1);
-        self.thread.join().ok().flatten()
+        self.thread.join().ok().flatten().flatten()
     }
+}
+
+/// Waits for what the state waits for, and for the end, whose event it makes.
+fn watch(epoll: &Epoll, state: &impl Served) -> io::Result<Arc<EventFd>> {
+    let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+    let add = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
+    add(stop.as_raw_fd(), EventSet::IN, STOP)?;
+    for (fd, set, token) in state.events() {
+        add(fd, set, token)?;
+    }
+    Ok(stop)
+}
+
+/// What is behind it is whole: it is locked to move it alone.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn serve<S: Served>(state: &mut S, epoll: &Epoll) {

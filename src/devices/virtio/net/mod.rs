@@ -1,6 +1,9 @@
 //! The network card (virtio 1.3 §5.1): one pair of queues, on a tap or on `passt`.
 
 mod backend;
+mod control;
+mod counters;
+mod limit;
 mod passt;
 mod rx;
 mod tap;
@@ -9,23 +12,31 @@ mod tests;
 mod tx;
 mod worker;
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::config::Mac;
-use crate::devices::rate_limiter::RateLimiter;
+use crate::devices::DeviceControl;
+use crate::metrics::Registry;
+use crate::sandbox::Kept;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, VirtioDevice, Worker, read_config_space, take_queue,
+    ActivateError, Activation, ActiveQueue, DeviceKind, NotStarted, VirtioDevice, Worker, read_config_space,
+    take_queue,
 };
 
 pub use backend::Backend;
 pub use passt::{Passt, PasstError};
 pub use tap::{Tap, TapError};
 
+use backend::is_gone;
+use control::NetControl;
+use counters::NetCounters;
+use limit::Limit;
 use rx::Rx;
 use tx::Tx;
-use worker::{Limit, NetWorker};
+use worker::{NetWorker, WorkerParts};
 
 /// The device takes frames without a checksum (§5.1.3).
 pub const F_CSUM: u64 = 1 << 0;
@@ -53,84 +64,94 @@ const TX: u16 = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
 const LINK_UP: u16 = 1;
 
-/// What a card has done so far.
-#[derive(Debug, Default)]
-pub struct NetCounters {
-    /// Frames to the guest.
-    pub rx_packets: AtomicU64,
-    /// Their bytes, without virtio's header.
-    pub rx_bytes: AtomicU64,
-    /// Frames to the guest that were too short or too long.
-    pub rx_dropped: AtomicU64,
-    /// Frames to the guest that the host failed to hand over.
-    pub rx_errors: AtomicU64,
-    /// Frames from the guest.
-    pub tx_packets: AtomicU64,
-    /// Their bytes, without virtio's header.
-    pub tx_bytes: AtomicU64,
-    /// Frames from the guest that were too short or too long, or found no link.
-    pub tx_dropped: AtomicU64,
-    /// Frames from the guest that the host refused.
-    pub tx_errors: AtomicU64,
-    /// How often a frame of either direction had to wait for the rate limit.
-    pub throttled: AtomicU64,
+/// What a card is made from.
+pub struct NetParts {
+    /// Its name on this host.
+    pub id: String,
+    /// Its address.
+    pub mac: Mac,
+    /// The other end.
+    pub backend: Box<dyn Backend>,
+    /// What the other end is called, as in `--net`.
+    pub name: String,
+    /// The most frames a second in each direction.
+    pub iops: Option<u64>,
+    /// The most bytes a second in each direction.
+    pub bandwidth: Option<u64>,
+}
+
+/// What the card, its thread and the control socket know.
+struct Shared {
+    id: String,
+    mac: Mac,
+    name: String,
+    link: AtomicBool,
+    counters: NetCounters,
+}
+
+impl Shared {
+    fn has_link(&self) -> bool {
+        self.link.load(Ordering::SeqCst)
+    }
+}
+
+/// What a card's thread needs of the host, made before the VM confines itself.
+struct HostParts {
+    /// None once it is gone.
+    backend: Option<Box<dyn Backend>>,
+    rx_limit: Limit,
+    tx_limit: Limit,
 }
 
 /// A network card.
 pub struct Net {
-    id: String,
-    mac: Mac,
+    shared: Arc<Shared>,
     features: u64,
     mtu: u16,
-    /// Away while the card is active; lost with a link that is.
-    backend: Option<Box<dyn Backend>>,
-    link: Arc<AtomicBool>,
-    counters: Arc<NetCounters>,
+    /// Away while the card is active; lost with a thread that panicked.
+    parts: Option<HostParts>,
     worker: Option<Worker<NetWorker>>,
-    iops: Option<u64>,
-    bandwidth: Option<u64>,
 }
 
 impl Net {
-    /// A card of address `mac` on `backend`.
-    #[must_use]
-    pub fn new(id: String, mac: Mac, backend: Box<dyn Backend>) -> Self {
+    /// A card that counts in `metrics`.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new(parts: NetParts, metrics: &Registry) -> io::Result<Self> {
+        let NetParts { id, mac, backend, name, iops, bandwidth } = parts;
+        let limit = || Limit::new(iops, bandwidth);
         let mtu = backend.mtu();
-        Self {
-            id,
-            mac,
+        let counters = NetCounters::new(metrics, &id);
+        Ok(Self {
+            shared: Arc::new(Shared { id, mac, name, link: AtomicBool::new(true), counters }),
             features: backend.features() | F_MAC | F_STATUS | if mtu.is_some() { F_MTU } else { 0 },
             mtu: mtu.unwrap_or(0),
-            backend: Some(backend),
-            link: Arc::new(AtomicBool::new(true)),
-            counters: Arc::default(),
+            parts: Some(HostParts { backend: Some(backend), rx_limit: limit()?, tx_limit: limit()? }),
             worker: None,
-            iops: None,
-            bandwidth: None,
-        }
+        })
     }
 
-    /// With so many frames and bytes a second in each direction at most.
+    /// Its place on the control socket.
     #[must_use]
-    pub fn with_limits(self, iops: Option<u64>, bandwidth: Option<u64>) -> Self {
-        Self { iops, bandwidth, ..self }
-    }
-
-    /// What it counts.
-    #[must_use]
-    pub fn counters(&self) -> Arc<NetCounters> {
-        self.counters.clone()
+    pub fn control(&self) -> Box<dyn DeviceControl> {
+        Box::new(NetControl(self.shared.clone()))
     }
 
     /// The configuration space (§5.1.4): address, link, number of queue pairs, MTU.
     fn config(&self) -> [u8; 12] {
         let mut space = [0; 12];
-        let link = if self.link.load(Ordering::SeqCst) { LINK_UP } else { 0 };
-        space[..6].copy_from_slice(&self.mac.0);
+        let link = if self.shared.has_link() { LINK_UP } else { 0 };
+        space[..6].copy_from_slice(&self.shared.mac.0);
         space[6..8].copy_from_slice(&link.to_le_bytes());
         space[10..].copy_from_slice(&self.mtu.to_le_bytes());
         space
     }
+}
+
+/// The thread that had them panicked.
+fn no_parts() -> io::Error {
+    io::Error::other("its connection to the host is lost")
 }
 
 impl VirtioDevice for Net {
@@ -139,7 +160,7 @@ impl VirtioDevice for Net {
     }
 
     fn id(&self) -> &str {
-        &self.id
+        &self.shared.id
     }
 
     fn features(&self) -> u64 {
@@ -154,36 +175,57 @@ impl VirtioDevice for Net {
         read_config_space(&self.config(), offset, data);
     }
 
+    fn keep(&self, kept: &mut Kept) {
+        let Some(parts) = &self.parts else { return };
+        kept.add("a network card's rate limit", &parts.rx_limit);
+        kept.add("a network card's rate limit", &parts.tx_limit);
+        if let Some(backend) = &parts.backend {
+            kept.add("a network card's tap or passt", &backend.as_fd());
+        }
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let rx = take_queue(&mut activation.queues, RX)?;
         let tx = take_queue(&mut activation.queues, TX)?;
+        let mut host = self.parts.take().ok_or_else(no_parts)?;
         // What the last driver accepted counts no more, and neither does a default of the host's.
-        if let Some(backend) = &mut self.backend {
-            backend.set_features(activation.features)?;
+        match host.backend.as_mut().map_or(Ok(()), |b| b.set_features(activation.features)) {
+            Ok(()) => {}
+            // Gone between two drivers: the new one finds no link.
+            Err(e) if is_gone(&e) => {
+                host.backend = None;
+                self.shared.link.store(false, Ordering::SeqCst);
+            }
+            Err(e) => {
+                self.parts = Some(host);
+                return Err(e.into());
+            }
         }
-        let limiter = || RateLimiter::new(self.iops, self.bandwidth);
-        let (rx_limit, tx_limit) = (Limit::new()?, Limit::new()?);
-        let worker = NetWorker {
-            id: self.id.clone(),
-            rx: Rx::new(rx, activation.features, limiter()),
-            tx: Tx::new(tx, limiter()),
+        let worker = NetWorker::new(WorkerParts {
+            rx: Rx::new(rx, activation.features),
+            tx: Tx::new(tx),
             memory: activation.memory,
             interrupt: activation.interrupt,
-            backend: self.backend.take(),
-            link: self.link.clone(),
-            counters: self.counters.clone(),
-            is_starved: false,
-            is_blocked: false,
-            rx_limit,
-            tx_limit,
-        };
-        self.worker = Some(Worker::start(&self.id, activation.confined, worker)?);
+            shared: self.shared.clone(),
+            host,
+        });
+        match Worker::start(&self.shared.id, activation.confined, worker) {
+            Ok(worker) => self.worker = Some(worker),
+            Err(NotStarted { error, state }) => {
+                self.parts = state.map(|worker| worker.host);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
-        let Some(worker) = self.worker.take().and_then(Worker::stop) else { return Vec::new() };
-        self.backend = worker.backend;
+        let Some(worker) = self.worker.take() else { return Vec::new() };
+        let Some(worker) = worker.stop() else {
+            self.shared.link.store(false, Ordering::SeqCst);
+            return Vec::new();
+        };
+        self.parts = Some(worker.host);
         vec![worker.rx.queue, worker.tx.queue]
     }
 }

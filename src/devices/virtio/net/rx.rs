@@ -2,16 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::devices::rate_limiter::RateLimiter;
-use crate::vm::Memory;
-
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Segment};
 use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, scatter};
+use super::worker::Context;
 use super::{F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, F_MTU, NetCounters};
 
 /// Pieces of memory held at once, below the kernel's limit of 1024 with those of one more chain.
@@ -57,11 +54,10 @@ pub(super) struct Rx {
     spare: Vec<Chain>,
     pending: Option<Pending>,
     spill: Box<[u8]>,
-    limiter: RateLimiter,
 }
 
 impl Rx {
-    pub(super) fn new(queue: ActiveQueue, features: u64, limiter: RateLimiter) -> Self {
+    pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
         let mergeable = features & F_MRG_RXBUF != 0;
         let large = features & (F_GUEST_TSO4 | F_GUEST_TSO6 | F_MTU) != 0;
         Self {
@@ -75,32 +71,29 @@ impl Rx {
             pending: None,
             // One more than any frame, so that a longer one is seen to be longer.
             spill: vec![0; MAX_FRAME + 1].into_boxed_slice(),
-            limiter,
         }
     }
 
     /// Receives into what the driver offers, at most a queue full of frames.
     pub(super) fn serve(
         &mut self,
-        memory: &Memory,
+        context: &mut Context<'_>,
         backend: &mut dyn Backend,
-        counters: &NetCounters,
-        interrupt: &Interrupt,
     ) -> Result<RxEnd, QueueError> {
-        let memory = memory.guest();
+        let (memory, interrupt) = (context.memory, context.interrupt);
         self.queue.queue.disable_notify(memory)?;
         for _ in 0..self.queue.queue.size() {
             let wanted = self.pending.map_or(self.wanted, |p| p.len);
             self.hold(memory, wanted)?;
             if self.held.is_empty() || self.pending.is_some_and(|p| p.len > self.capacity) {
-                self.drop_endless(counters);
+                self.drop_endless(context.counters);
                 self.publish(memory, interrupt)?;
                 if self.queue.queue.enable_notify(memory)? {
                     continue;
                 }
                 return Ok(RxEnd::Starved);
             }
-            match self.one(memory, backend, counters)? {
+            match self.one(context, backend)? {
                 None => {}
                 Some(end) => {
                     self.publish(memory, interrupt)?;
@@ -116,13 +109,13 @@ impl Rx {
     /// One frame. `None`: there may be another.
     fn one(
         &mut self,
-        memory: &GuestMemoryMmap,
+        context: &mut Context<'_>,
         backend: &mut dyn Backend,
-        counters: &NetCounters,
     ) -> Result<Option<RxEnd>, QueueError> {
+        let (memory, counters) = (context.memory, context.counters);
         if let Some(pending) = self.pending {
-            if let Err(wait) = self.limiter.take(1, pending.len as u64) {
-                counters.throttled.fetch_add(1, Relaxed);
+            if let Err(wait) = context.limit.take(pending.len as u64) {
+                counters.throttled.increment();
                 return Ok(Some(RxEnd::Throttled(wait)));
             }
             self.pending = None;
@@ -134,32 +127,27 @@ impl Rx {
         let count = if self.mergeable { self.segments.len() } else { self.held[0].segments };
         let room = &mut Room { memory, segments: &self.segments, count, spill: &mut self.spill };
         match backend.receive(room) {
-            Ok(len) => self.received(memory, len, counters)?,
+            Ok(len) => self.received(context, len)?,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 return Ok(Some(RxEnd::Idle));
             }
             // Anything else comes again and again: better no link than a thread that never sleeps.
             Err(_) => {
-                counters.rx_errors.fetch_add(1, Relaxed);
+                counters.rx_errors.increment();
                 return Ok(Some(RxEnd::Gone));
             }
         }
         Ok(None)
     }
 
-    fn received(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        len: usize,
-        counters: &NetCounters,
-    ) -> Result<(), QueueError> {
+    fn received(&mut self, context: &Context<'_>, len: usize) -> Result<(), QueueError> {
         let placed = if self.mergeable { self.capacity } else { self.held[0].chain.writable_len() as usize };
         let fits = len <= placed;
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) || (!fits && !self.mergeable) {
-            counters.rx_dropped.fetch_add(1, Relaxed);
+            context.counters.rx_dropped.increment();
             Ok(())
-        } else if fits && !self.limiter.is_limited() {
-            self.complete(memory, len, counters)
+        } else if fits && !context.limit.is_limited() {
+            self.complete(context.memory, len, context.counters)
         } else {
             self.pending = Some(Pending { len, placed: placed.min(len) });
             Ok(())
@@ -195,8 +183,8 @@ impl Rx {
             self.segments.drain(..held.segments);
             self.spare.push(held.chain);
         }
-        counters.rx_packets.fetch_add(1, Relaxed);
-        counters.rx_bytes.fetch_add((len - HEADER) as u64, Relaxed);
+        counters.rx_packets.increment();
+        counters.rx_bytes.add((len - HEADER) as u64);
         Ok(())
     }
 
@@ -221,7 +209,7 @@ impl Rx {
     /// A frame for which as many buffers as can be held at once are too small never fits.
     fn drop_endless(&mut self, counters: &NetCounters) {
         if self.segments.len() >= MAX_HELD && self.pending.take().is_some() {
-            counters.rx_dropped.fetch_add(1, Relaxed);
+            counters.rx_dropped.increment();
         }
     }
 

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
@@ -12,6 +13,7 @@ use super::super::testing::Driver;
 use super::super::{F_VERSION_1, Segment};
 use super::backend::{HEADER, MAX_FRAME, Room, Sent};
 use super::*;
+use crate::metrics::Counter;
 use crate::sys::guest_iovec::GuestIovecs;
 
 /// A tap of the test's: a datagram for each frame, with its header.
@@ -20,11 +22,14 @@ struct FakeTap {
     pieces: GuestIovecs,
     accepted: Arc<Mutex<Vec<u64>>>,
     error: Arc<AtomicU64>,
+    /// An event loop refuses it.
+    file: std::fs::File,
+    unwaitable: Arc<AtomicBool>,
 }
 
 impl AsFd for FakeTap {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        if self.unwaitable.load(Ordering::SeqCst) { self.file.as_fd() } else { self.socket.as_fd() }
     }
 }
 
@@ -45,6 +50,7 @@ impl Backend for FakeTap {
         None
     }
     fn set_features(&mut self, features: u64) -> std::io::Result<()> {
+        self.fail()?;
         self.accepted.lock().unwrap().push(features);
         Ok(())
     }
@@ -68,9 +74,10 @@ impl Backend for FakeTap {
 struct Setup {
     driver: Driver,
     network: UnixDatagram,
-    counters: Arc<NetCounters>,
+    counters: NetCounters,
     accepted: Arc<Mutex<Vec<u64>>>,
     error: Arc<AtomicU64>,
+    unwaitable: Arc<AtomicBool>,
 }
 
 fn setup(features: u64) -> Setup {
@@ -81,22 +88,31 @@ fn setup_with(features: u64, iops: Option<u64>) -> Setup {
     let (ours, network) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let (accepted, error) = (Arc::default(), Arc::default());
+    let (accepted, error, unwaitable) = (Arc::default(), Arc::default(), Arc::default());
     let tap = FakeTap {
         socket: ours,
         pieces: GuestIovecs::default(),
         accepted: Arc::clone(&accepted),
         error: Arc::clone(&error),
+        file: std::fs::File::open("/proc/self/exe").unwrap(),
+        unwaitable: Arc::clone(&unwaitable),
     };
-    let net = Net::new("net0".into(), Mac([2, 0, 0, 0, 0, 1]), Box::new(tap)).with_limits(iops, None);
-    let counters = net.counters();
+    let net = card(Box::new(tap), iops);
+    let counters = net.shared.counters.clone();
     Setup {
         driver: Driver::start_with(Box::new(net), &[16, 16], features),
         network,
         counters,
         accepted,
         error,
+        unwaitable,
     }
+}
+
+fn card(backend: Box<dyn Backend>, iops: Option<u64>) -> Net {
+    let (id, mac) = ("net0".into(), Mac([2, 0, 0, 0, 0, 1]));
+    let parts = NetParts { id, mac, backend, name: "test".into(), iops, bandwidth: None };
+    Net::new(parts, &Registry::default()).unwrap()
 }
 
 /// A frame of `len` bytes with its header.
@@ -106,9 +122,9 @@ fn frame(len: usize) -> Vec<u8> {
     frame
 }
 
-fn wait_for(counter: &AtomicU64, value: u64) {
+fn wait_for(counter: &Counter, value: u64) {
     let begin = std::time::Instant::now();
-    while counter.load(Ordering::Relaxed) != value {
+    while counter.get() != value {
         assert!(begin.elapsed() < Duration::from_secs(10), "{counter:?} is not {value}");
         std::thread::yield_now();
     }
@@ -150,7 +166,7 @@ fn a_frame_goes_out_wherever_its_descriptors_divide_it() {
         let n = s.network.recv(&mut got).unwrap();
         assert_eq!(&got[..n], bytes);
     }
-    assert_eq!(s.counters.tx_bytes.load(Ordering::Relaxed), 400);
+    assert_eq!(s.counters.tx_bytes.get(), 400);
 }
 
 #[test]
@@ -285,7 +301,7 @@ fn errors_of_one_frame_are_counted_and_no_end() {
     s.error.store(0, Ordering::SeqCst);
     s.driver.offer(1, &[buffer], &[]);
     s.driver.wait_used(1);
-    assert_eq!(s.counters.tx_packets.load(Ordering::Relaxed), 1);
+    assert_eq!(s.counters.tx_packets.get(), 1);
 }
 
 /// The link's state in the configuration space, at 0x100 + 6.
@@ -340,6 +356,48 @@ fn a_reset_while_frames_come_and_a_new_driver() {
     assert_eq!(s.driver.try_used(0), None, "a frame came into the old ring");
 }
 
+/// Sets queues up again, and starts; says which status the device has then.
+fn start_again(driver: &mut Driver) -> u32 {
+    driver.negotiate(u64::MAX);
+    driver.restart_queues(&[16, 16]);
+    driver.write(0x70, 15);
+    driver.read(0x70)
+}
+
+#[track_caller]
+fn assert_receives(s: &mut Setup) {
+    let buffer = s.driver.buffer(2000);
+    s.driver.offer(0, &[], &[buffer]);
+    s.network.send(&frame(60)).unwrap();
+    assert_eq!(s.driver.wait_used(0).1, 72);
+}
+
+#[test]
+fn a_card_whose_thread_cannot_start_keeps_its_tap() {
+    let mut s = setup(u64::MAX);
+    s.unwaitable.store(true, Ordering::SeqCst);
+    s.driver.write(0x70, 0);
+    assert_eq!(start_again(&mut s.driver) & 64, 64, "the device started");
+    s.unwaitable.store(false, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_receives(&mut s);
+}
+
+#[test]
+fn a_tap_that_refuses_offloads_is_kept_and_one_that_is_gone_is_no_link() {
+    let mut s = setup(u64::MAX);
+    s.driver.write(0x70, 0);
+    s.error.store(libc::EINVAL as u64, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver) & 64, 64, "the device started");
+    s.error.store(0, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_receives(&mut s);
+    s.driver.write(0x70, 0);
+    s.error.store(libc::EBADFD as u64, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_eq!(link(&mut s.driver), 0);
+}
+
 #[test]
 fn a_hostile_driver_stops_its_own_card_alone() {
     // Buffers without room for a header, and buffers to read in the receive queue.
@@ -378,8 +436,7 @@ fn user() -> (Driver, UnixStream) {
     let (ours, passt) = UnixStream::pair().unwrap();
     passt.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let backend = Passt::over(ours).unwrap();
-    let net = Net::new("net0".into(), Mac([2, 0, 0, 0, 0, 1]), Box::new(backend));
-    (Driver::start(Box::new(net), &[16, 16]), passt)
+    (Driver::start(Box::new(card(Box::new(backend), None)), &[16, 16]), passt)
 }
 
 #[test]
@@ -459,5 +516,32 @@ fn a_rate_limit_holds_in_both_directions_without_spinning() {
     }
     // A tenth of a second's worth, two, goes through at once.
     assert!(begin.elapsed() >= Duration::from_millis(490), "{:?}", begin.elapsed());
-    assert!(s.counters.throttled.load(Ordering::Relaxed) > 5);
+    assert!(s.counters.throttled.get() > 5);
+}
+
+#[test]
+fn a_reset_does_not_end_a_rate_limit() {
+    // One frame in two seconds: the bucket's first one passes at once.
+    let mut s = setup_with(u64::MAX, Some(1));
+    let buffer = s.driver.filled(&frame(60));
+    s.driver.offer(1, &[buffer], &[]);
+    s.driver.wait_used(1);
+    for _ in 0..5 {
+        s.driver.write(0x70, 0);
+        assert_eq!(start_again(&mut s.driver), 15);
+        s.driver.offer(1, &[buffer], &[]);
+    }
+    assert_eq!(s.counters.tx_packets.get(), 1);
+    // And it ends by itself, though it began with another driver.
+    s.driver.wait_used(1);
+    assert_eq!(s.counters.tx_packets.get(), 2);
+}
+
+#[test]
+fn the_control_socket_shows_address_and_link() {
+    let net = card(Box::new(Passt::over(UnixStream::pair().unwrap().0).unwrap()), None);
+    let control = net.control();
+    assert_eq!((control.id(), control.kind()), ("net0", "net"));
+    let state = control.describe();
+    assert_eq!((&state["mac"], &state["link"]), (&"02:00:00:00:00:01".into(), &"up".into()));
 }

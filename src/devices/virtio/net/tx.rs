@@ -1,14 +1,13 @@
 //! From the guest to the network (virtio 1.3 §5.1.6.2).
 
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use crate::devices::rate_limiter::RateLimiter;
-use crate::vm::Memory;
+use vm_memory::GuestMemoryMmap;
 
 use super::super::{ActiveQueue, Chain, Interrupt, QueueError};
 use super::NetCounters;
 use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Sent, is_gone};
+use super::worker::Context;
 
 /// How serving the queue ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,23 +29,20 @@ struct Gone;
 pub(super) struct Tx {
     pub(super) queue: ActiveQueue,
     chain: Chain,
-    limiter: RateLimiter,
 }
 
 impl Tx {
-    pub(super) fn new(queue: ActiveQueue, limiter: RateLimiter) -> Self {
-        Self { queue, chain: Chain::default(), limiter }
+    pub(super) fn new(queue: ActiveQueue) -> Self {
+        Self { queue, chain: Chain::default() }
     }
 
     /// Sends what the driver offers, at most a queue full of it. Without a backend, frames go nowhere.
     pub(super) fn serve(
         &mut self,
-        memory: &Memory,
+        context: &mut Context<'_>,
         mut backend: Option<&mut (dyn Backend + 'static)>,
-        counters: &NetCounters,
-        interrupt: &Interrupt,
     ) -> Result<TxEnd, QueueError> {
-        let memory = memory.guest();
+        let (memory, interrupt, counters) = (context.memory, context.interrupt, context.counters);
         self.queue.queue.disable_notify(memory)?;
         let mut end = TxEnd::Idle;
         for _ in 0..self.queue.queue.size() {
@@ -57,8 +53,8 @@ impl Tx {
                 }
                 return Ok(end);
             }
-            if let Err(wait) = self.limiter.take(1, self.chain.readable_len().into()) {
-                counters.throttled.fetch_add(1, Relaxed);
+            if let Err(wait) = context.limit.take(self.chain.readable_len().into()) {
+                counters.throttled.increment();
                 self.queue.queue.undo_pop(&self.chain);
                 self.publish(memory, interrupt)?;
                 return Ok(TxEnd::Throttled(wait));
@@ -83,36 +79,32 @@ impl Tx {
     }
 
     fn send(
-        memory: &vm_memory::GuestMemoryMmap,
+        memory: &GuestMemoryMmap,
         chain: &Chain,
         backend: &mut Option<&mut (dyn Backend + 'static)>,
         counters: &NetCounters,
     ) -> Result<Sent, Gone> {
         let len = chain.readable_len() as usize;
         let Some(backend) = backend.as_mut().filter(|_| (MIN_FRAME..=MAX_FRAME).contains(&len)) else {
-            counters.tx_dropped.fetch_add(1, Relaxed);
+            counters.tx_dropped.increment();
             return Ok(Sent::Done);
         };
         match backend.send(memory, chain.readable()) {
             Ok(Sent::Wait) => Ok(Sent::Wait),
             Ok(sent) => {
-                counters.tx_packets.fetch_add(1, Relaxed);
-                counters.tx_bytes.fetch_add((len - HEADER) as u64, Relaxed);
+                counters.tx_packets.increment();
+                counters.tx_bytes.add((len - HEADER) as u64);
                 Ok(sent)
             }
             // An interface that is down (EIO), a full queue (ENOBUFS), a header that makes no sense (EINVAL).
             Err(e) => {
-                counters.tx_errors.fetch_add(1, Relaxed);
+                counters.tx_errors.increment();
                 if is_gone(&e) { Err(Gone) } else { Ok(Sent::Done) }
             }
         }
     }
 
-    fn publish(
-        &mut self,
-        memory: &vm_memory::GuestMemoryMmap,
-        interrupt: &Interrupt,
-    ) -> Result<(), QueueError> {
+    fn publish(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
         if self.queue.queue.publish(memory)? {
             interrupt.used_buffer();
         }

@@ -1,21 +1,19 @@
 //! A card's thread: which queue is served when, and what is waited for.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::devices::timer::Timer;
 use crate::vm::Memory;
 
 use super::super::{Interrupt, QueueError, Served};
-use super::NetCounters;
-use super::backend::{Backend, Sent};
+use super::backend::Sent;
 use super::rx::{Rx, RxEnd};
 use super::tx::{Tx, TxEnd};
+use super::{HostParts, Limit, NetCounters, Shared};
 
 const RX_NOTIFY: u64 = 0;
 const TX_NOTIFY: u64 = 1;
@@ -25,53 +23,50 @@ const TX_TIMER: u64 = 4;
 
 /// The state of a card's thread.
 pub(super) struct NetWorker {
-    pub(super) id: String,
+    pub(super) rx: Rx,
+    pub(super) tx: Tx,
+    memory: Memory,
+    interrupt: Arc<Interrupt>,
+    shared: Arc<Shared>,
+    pub(super) host: HostParts,
+    /// The driver has given no buffers.
+    is_starved: bool,
+    /// The backend has no room.
+    is_blocked: bool,
+}
+
+/// What a worker is made from.
+pub(super) struct WorkerParts {
     pub(super) rx: Rx,
     pub(super) tx: Tx,
     pub(super) memory: Memory,
     pub(super) interrupt: Arc<Interrupt>,
-    /// None once it is gone.
-    pub(super) backend: Option<Box<dyn Backend>>,
-    pub(super) link: Arc<AtomicBool>,
-    pub(super) counters: Arc<NetCounters>,
-    /// The driver has given no buffers.
-    pub(super) is_starved: bool,
-    /// The backend has no room.
-    pub(super) is_blocked: bool,
-    pub(super) rx_limit: Limit,
-    pub(super) tx_limit: Limit,
+    pub(super) shared: Arc<Shared>,
+    pub(super) host: HostParts,
 }
 
-/// Whether a direction waits for its rate limit.
-pub(super) struct Limit {
-    timer: Timer,
-    is_reached: bool,
-}
-
-impl Limit {
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { timer: Timer::new()?, is_reached: false })
-    }
-
-    fn wait(&mut self, time: Duration) {
-        // Where the timer cannot be set there is no limit rather than no network.
-        self.is_reached = self.timer.set(time).is_ok();
-    }
-
-    fn is_over(&mut self) {
-        self.timer.acknowledge();
-        self.is_reached = false;
-    }
+/// What serving a queue takes beside the queue.
+pub(super) struct Context<'a> {
+    pub(super) memory: &'a GuestMemoryMmap,
+    pub(super) interrupt: &'a Interrupt,
+    pub(super) counters: &'a NetCounters,
+    pub(super) limit: &'a mut Limit,
 }
 
 impl NetWorker {
+    /// A worker that has not begun.
+    pub(super) fn new(parts: WorkerParts) -> Self {
+        let WorkerParts { rx, tx, memory, interrupt, shared, host } = parts;
+        Self { rx, tx, memory, interrupt, shared, host, is_starved: false, is_blocked: false }
+    }
+
     fn serve(&mut self, token: u64, ready: EventSet, epoll: &Epoll) -> Result<(), QueueError> {
         if self.interrupt.is_reset_needed() {
             return Ok(());
         }
         match token {
-            RX_NOTIFY | RX_TIMER if self.rx_limit.is_reached => Ok(()),
-            TX_NOTIFY | TX_TIMER if self.is_blocked || self.tx_limit.is_reached => Ok(()),
+            RX_NOTIFY | RX_TIMER if self.host.rx_limit.is_reached() => Ok(()),
+            TX_NOTIFY | TX_TIMER if self.is_blocked || self.host.tx_limit.is_reached() => Ok(()),
             RX_NOTIFY | RX_TIMER => {
                 if token == RX_TIMER {
                     self.watch(epoll);
@@ -98,15 +93,21 @@ impl NetWorker {
     }
 
     fn receive(&mut self, epoll: &Epoll) -> Result<(), QueueError> {
-        let Some(backend) = &mut self.backend else { return Ok(()) };
-        let end = self.rx.serve(&self.memory, backend.as_mut(), &self.counters, &self.interrupt)?;
+        let Some(backend) = &mut self.host.backend else { return Ok(()) };
+        let mut context = Context {
+            memory: self.memory.guest(),
+            interrupt: &self.interrupt,
+            counters: &self.shared.counters,
+            limit: &mut self.host.rx_limit,
+        };
+        let end = self.rx.serve(&mut context, backend.as_mut())?;
         if end == RxEnd::Gone {
             self.lose_link(epoll);
         }
         let before = self.interest();
         self.is_starved = end == RxEnd::Starved;
         if let RxEnd::Throttled(time) = end {
-            self.rx_limit.wait(time);
+            self.host.rx_limit.wait(time);
         }
         if self.interest() != before {
             self.watch(epoll);
@@ -115,13 +116,18 @@ impl NetWorker {
     }
 
     fn transmit(&mut self, epoll: &Epoll) -> Result<(), QueueError> {
-        let end =
-            self.tx.serve(&self.memory, self.backend.as_deref_mut(), &self.counters, &self.interrupt)?;
+        let mut context = Context {
+            memory: self.memory.guest(),
+            interrupt: &self.interrupt,
+            counters: &self.shared.counters,
+            limit: &mut self.host.tx_limit,
+        };
+        let end = self.tx.serve(&mut context, self.host.backend.as_deref_mut())?;
         if end == TxEnd::Gone {
             self.lose_link(epoll);
         }
         if let TxEnd::Throttled(time) = end {
-            self.tx_limit.wait(time);
+            self.host.tx_limit.wait(time);
         }
         if end == TxEnd::Wait {
             self.is_blocked = true;
@@ -131,18 +137,18 @@ impl NetWorker {
     }
 
     fn unblock(&mut self, epoll: &Epoll) -> Result<(), QueueError> {
-        match self.backend.as_mut().map_or(Ok(Sent::Done), |b| b.flush()) {
+        match self.host.backend.as_mut().map_or(Ok(Sent::Done), |b| b.flush()) {
             Ok(Sent::Wait | Sent::Kept) => return Ok(()),
             Ok(Sent::Done) => {}
             Err(_) => self.lose_link(epoll),
         }
         self.is_blocked = false;
         self.watch(epoll);
-        if self.tx_limit.is_reached { Ok(()) } else { self.transmit(epoll) }
+        if self.host.tx_limit.is_reached() { Ok(()) } else { self.transmit(epoll) }
     }
 
     fn receives(&self) -> bool {
-        !self.is_starved && !self.rx_limit.is_reached
+        !self.is_starved && !self.host.rx_limit.is_reached()
     }
 
     fn interest(&self) -> EventSet {
@@ -153,20 +159,20 @@ impl NetWorker {
     }
 
     fn watch(&self, epoll: &Epoll) {
-        let Some(backend) = &self.backend else { return };
+        let Some(backend) = &self.host.backend else { return };
         let event = EpollEvent::new(self.interest(), BACKEND);
         if let Err(e) = epoll.ctl(ControlOperation::Modify, backend.as_fd().as_raw_fd(), event) {
-            log::error!("{}: the network cannot be waited for: {e}", self.id);
+            log::error!("{}: the network cannot be waited for: {e}", self.shared.id);
         }
     }
 
     /// The other end is gone for good: the driver finds no link, and what it sends goes nowhere.
     fn lose_link(&mut self, epoll: &Epoll) {
-        let Some(backend) = self.backend.take() else { return };
+        let Some(backend) = self.host.backend.take() else { return };
         let fd = backend.as_fd().as_raw_fd();
         let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
-        log::warn!("{}: its tap or passt is gone; the guest goes on without a link", self.id);
-        self.link.store(false, Ordering::SeqCst);
+        log::warn!("{}: its tap or passt is gone; the guest goes on without a link", self.shared.id);
+        self.shared.link.store(false, Ordering::SeqCst);
         self.interrupt.config_changed();
         if self.is_blocked {
             // What waited for room goes nowhere, too.
@@ -181,10 +187,10 @@ impl Served for NetWorker {
         let mut events = vec![
             (self.rx.queue.notify.as_raw_fd(), EventSet::IN, RX_NOTIFY),
             (self.tx.queue.notify.as_raw_fd(), EventSet::IN, TX_NOTIFY),
-            (self.rx_limit.timer.as_raw_fd(), EventSet::IN, RX_TIMER),
-            (self.tx_limit.timer.as_raw_fd(), EventSet::IN, TX_TIMER),
+            (self.host.rx_limit.as_raw_fd(), EventSet::IN, RX_TIMER),
+            (self.host.tx_limit.as_raw_fd(), EventSet::IN, TX_TIMER),
         ];
-        events.extend(self.backend.iter().map(|b| (b.as_fd().as_raw_fd(), self.interest(), BACKEND)));
+        events.extend(self.host.backend.iter().map(|b| (b.as_fd().as_raw_fd(), self.interest(), BACKEND)));
         events
     }
 
@@ -192,15 +198,15 @@ impl Served for NetWorker {
         match token {
             RX_NOTIFY => drop(self.rx.queue.notify.read()),
             TX_NOTIFY => drop(self.tx.queue.notify.read()),
-            RX_TIMER => self.rx_limit.is_over(),
-            TX_TIMER => self.tx_limit.is_over(),
+            RX_TIMER => self.host.rx_limit.is_over(),
+            TX_TIMER => self.host.tx_limit.is_over(),
             _ => {}
         }
         if let Err(e) = self.serve(token, ready, epoll) {
-            self.interrupt.needs_reset(&self.id, &e);
+            self.interrupt.needs_reset(&self.shared.id, &e);
         }
         if self.interrupt.is_reset_needed()
-            && let Some(backend) = &self.backend
+            && let Some(backend) = &self.host.backend
         {
             // Nobody receives any more, so there is nothing to wake up for.
             let fd = backend.as_fd().as_raw_fd();
@@ -211,7 +217,7 @@ impl Served for NetWorker {
     fn stop(&mut self) {
         self.rx.give_up();
         // A tap whose guest takes no offloads any more must hand over plain frames.
-        if let Some(backend) = &mut self.backend {
+        if let Some(backend) = &mut self.host.backend {
             let _ = backend.set_features(0);
         }
     }
