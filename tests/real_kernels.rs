@@ -2,10 +2,10 @@
 //! with `--ignored` in `scripts/kvm-host`.
 
 mod common;
+mod net;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -28,10 +28,18 @@ fn initrd(name: &str) -> PathBuf {
 
 /// `microvm boot` of `name/file` with its initramfs, which runs `check WORDS`.
 fn boot(name: &str, file: &str, words: &str, flags: &[&str]) -> Command {
-    let mut command = Host::new().microvm(["boot", "--timeout", "120s", "--kernel"]);
+    boot_with(name, file, "", words, flags)
+}
+
+/// The same with words for the kernel itself.
+fn boot_with(name: &str, file: &str, kernel_words: &str, words: &str, flags: &[&str]) -> Command {
+    let mut command = Host::new().microvm(["boot", "--kernel"]);
     command.current_dir("/").arg(kernel(name).join(file)).arg("--initrd").arg(initrd(name));
+    if !flags.contains(&"--timeout") {
+        command.args(["--timeout", "120s"]);
+    }
     command.args(["--exit-code-port", "0xf4"]).args(flags);
-    command.arg("--append").arg(format!("microvm.exit_code_port=0xf4 -- /bin/check {words}"));
+    command.arg("--append").arg(format!("{kernel_words} microvm.exit_code_port=0xf4 -- /bin/check {words}"));
     command
 }
 
@@ -376,172 +384,4 @@ fn disk_on_a_full_host_disk_fails_and_the_vm_goes_on() {
     status(&Command::new("umount").arg(&small).output().unwrap(), 0);
     status(&output, 0);
     assert_eq!(fact(&stdout(&output), "still"), "here");
-}
-
-/// `ip WORDS`, which root alone may do.
-fn ip(words: &str) {
-    let status = Command::new("ip").args(words.split(' ')).status().expect("ip is not installed (iproute2)");
-    assert!(status.success(), "ip {words}");
-}
-
-/// A tap that goes away with this.
-struct TestTap(&'static str);
-
-impl TestTap {
-    fn new(name: &'static str, address: &str) -> Self {
-        ip(&format!("tuntap add {name} mode tap"));
-        ip(&format!("addr add {address}/24 dev {name}"));
-        ip(&format!("link set {name} up"));
-        Self(name)
-    }
-}
-
-impl Drop for TestTap {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "del", self.0]).status();
-    }
-}
-
-/// A web server of Python's on port 8000 with a file of many bytes, and what takes the file back on port 8001.
-struct Server {
-    python: Child,
-    host: Host,
-    back: TcpListener,
-    bytes: Vec<u8>,
-}
-
-impl Server {
-    fn new(mib: usize) -> Self {
-        let host = Host::new();
-        let mut state = 1u64;
-        let words = std::iter::repeat_with(|| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            state
-        });
-        let bytes: Vec<u8> = words.take(mib << 17).flat_map(u64::to_le_bytes).collect();
-        host.file("file", &bytes);
-        let mut python = Command::new("python3");
-        let quiet = python.stdout(Stdio::null()).stderr(Stdio::null());
-        let python = quiet.args(["-m", "http.server", "8000"]).current_dir(host.dir.path()).spawn().unwrap();
-        while TcpStream::connect("127.0.0.1:8000").is_err() {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Self { python, host, back: TcpListener::bind("0.0.0.0:8001").unwrap(), bytes }
-    }
-
-    fn md5(&self) -> String {
-        let output = Command::new("md5sum").arg(self.host.dir.path().join("file")).output().unwrap();
-        stdout(&output).split(' ').next().unwrap().into()
-    }
-
-    /// Takes the file back and checks it.
-    fn take_back(&self) {
-        self.check(self.back.accept().unwrap().0);
-    }
-
-    /// Reads as much as the file has and closes: busybox' nc does not say where its input ends, but sees that.
-    #[track_caller]
-    fn check(&self, stream: TcpStream) {
-        let mut bytes = Vec::new();
-        stream.take(self.bytes.len() as u64).read_to_end(&mut bytes).unwrap();
-        assert!(bytes == self.bytes, "{} bytes of {} came, or others", bytes.len(), self.bytes.len());
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.python.kill();
-        let _ = self.python.wait();
-    }
-}
-
-/// 64, or what a machine that is slower still is asked for.
-fn transfer_mib() -> usize {
-    std::env::var("MICROVM_TEST_MIB").ok().map_or(64, |text| text.parse().unwrap())
-}
-
-/// What a transfer takes, with much room for an emulated host.
-const TRANSFER: [&str; 2] = ["--memory", "512M"];
-
-/// A file through a tap to the guest and back.
-#[track_caller]
-fn tap_transfers(name: &str, file: &str, flags: &[&str]) {
-    let tap = TestTap::new("mvtest0", "172.30.0.1");
-    let server = Server::new(transfer_mib());
-    let flags = [&TRANSFER, &["--net", "tap=mvtest0"][..], flags].concat();
-    let child = boot(name, file, "net 172.30.0.2 172.30.0.1", &flags)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::thread::scope(|scope| {
-        // Where the guest fails this never ends, and the time limit of scripts/test does it.
-        let back = scope.spawn(|| server.take_back());
-        let output = child.wait_with_output().unwrap();
-        if !output.status.success() {
-            let _ = TcpStream::connect("127.0.0.1:8001");
-        }
-        status(&output, 0);
-        assert!(stdout(&output).contains(&server.md5()), "{}", stdout(&output));
-        back.join().unwrap();
-    });
-    drop(tap);
-}
-
-#[test]
-#[ignore = "needs hardware-grade KVM"]
-fn net_tap_stock_6_1() {
-    tap_transfers("stock-6.1", "bzImage", &[]);
-}
-
-#[test]
-#[ignore = "needs hardware-grade KVM"]
-fn net_tap_tuned() {
-    tap_transfers("tuned", "vmlinux", &["--discovery", "cmdline"]);
-}
-
-/// From the guest to the host and back through passt, and from the host to the guest by a published port.
-#[test]
-#[ignore = "needs hardware-grade KVM"]
-fn net_user_stock_6_1() {
-    // passt takes the guest's address and route from the host's default route, and leads the router's to the host.
-    let _route = TestTap::new("mvroute0", "10.77.0.2");
-    let _ = Command::new("ip").args(["route", "add", "default", "via", "10.77.0.1"]).status();
-    let server = Server::new(transfer_mib());
-    let flags = [&TRANSFER, &["--net", "user", "-p", "127.0.0.1:8080:80"][..]].concat();
-    let mut child = boot("stock-6.1", "bzImage", "net dhcp 10.77.0.1", &flags);
-    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
-    std::thread::scope(|scope| {
-        let back = scope.spawn(|| server.take_back());
-        read_until(&mut child, &server.md5());
-        read_until(&mut child, "listening=80");
-        back.join().unwrap();
-        server.check(TcpStream::connect("127.0.0.1:8080").unwrap());
-    });
-    status(&child.wait_with_output().unwrap(), 0);
-}
-
-/// Taps that are busy, another user's, or of another kind: one line each.
-#[test]
-#[ignore = "needs root and taps"]
-fn net_taps_that_cannot_be_used() {
-    let boot = || boot("tuned", "vmlinux", "exit 0", &["--net", "tap=mvtest1"]);
-    let _tap = TestTap::new("mvtest1", "172.30.1.1");
-    let spin = ["--net", "tap=mvtest1", "--discovery", "cmdline"];
-    let mut first = self::boot("tuned", "vmlinux", "spin", &spin).stdout(Stdio::piped()).spawn().unwrap();
-    read_until(&mut first, "ttyS0_irq=");
-    common::assert_fails(&boot().output().unwrap(), 1, &["--net tap=mvtest1", "busy"]);
-    // Gone while a VM runs: the VM goes on.
-    ip("link del mvtest1");
-    std::thread::sleep(Duration::from_secs(1));
-    assert!(first.try_wait().unwrap().is_none());
-    first.kill().unwrap();
-    first.wait().unwrap();
-    ip("tuntap add mvtest1 mode tap user 1");
-    let mut command = boot();
-    std::os::unix::process::CommandExt::uid(&mut command, 65534);
-    common::assert_fails(&command.output().unwrap(), 1, &["--net tap=mvtest1", "may not use it"]);
-    ip("link del mvtest1");
-    ip("tuntap add mvtest1 mode tap multi_queue");
-    common::assert_fails(&boot().output().unwrap(), 1, &["--net tap=mvtest1", "one queue"]);
 }

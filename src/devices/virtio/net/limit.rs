@@ -1,0 +1,55 @@
+//! The rate limit of one direction. It outlives drivers: a guest gains nothing by a reset.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+use crate::devices::rate_limiter::RateLimiter;
+use crate::devices::timer::Timer;
+
+/// How much may pass, and whether somebody waits for it.
+pub(super) struct Limit {
+    limiter: RateLimiter,
+    timer: Timer,
+    is_reached: bool,
+}
+
+impl Limit {
+    pub(super) fn new(iops: Option<u64>, bandwidth: Option<u64>) -> io::Result<Self> {
+        let limiter = RateLimiter::new(iops, bandwidth);
+        Ok(Self { limiter, timer: Timer::new()?, is_reached: false })
+    }
+
+    /// Whether there is any limit.
+    pub(super) fn is_limited(&self) -> bool {
+        self.limiter.is_limited()
+    }
+
+    /// Whether the timer runs, and nothing may pass before it has ended.
+    pub(super) fn is_reached(&self) -> bool {
+        self.is_reached
+    }
+
+    /// Lets a frame of so many bytes pass, or says how long it has to wait.
+    pub(super) fn take(&mut self, bytes: u64) -> Result<(), Duration> {
+        self.limiter.take(1, bytes)
+    }
+
+    /// Starts the timer.
+    pub(super) fn wait(&mut self, time: Duration) {
+        // Where the timer cannot be set there is no limit rather than no network.
+        self.is_reached = self.timer.set(time).is_ok();
+    }
+
+    /// The timer has ended.
+    pub(super) fn is_over(&mut self) {
+        self.timer.acknowledge();
+        self.is_reached = false;
+    }
+}
+
+impl AsRawFd for Limit {
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+}
