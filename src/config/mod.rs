@@ -282,6 +282,9 @@ pub enum ConfigError {
     /// A port leads to nobody.
     #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
     PublishWithoutUser(Publish),
+    /// A port leads to two places.
+    #[error("--publish {0}: this port of the host's is published twice: choose another")]
+    PublishTwice(Publish),
     /// The kernel's timers count nanoseconds in 63 bits.
     #[error("--timeout is longer than a year: leave the flag out for no limit")]
     LongTimeout,
@@ -375,6 +378,11 @@ impl VmConfig {
                 && before.iter().any(|b| b.mac == net.mac)
             {
                 return Err(ConfigError::MacTwice(mac));
+            }
+        }
+        for (i, publish) in self.publish.iter().enumerate() {
+            if self.publish[..i].iter().any(|before| before.collides(publish)) {
+                return Err(ConfigError::PublishTwice(*publish));
             }
         }
         match self.publish.first() {

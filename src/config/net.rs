@@ -237,6 +237,13 @@ impl Publish {
     pub fn socket(&self) -> SocketAddr {
         SocketAddr::new(self.address.unwrap_or(IpAddr::from([0; 4])), self.host)
     }
+
+    /// Whether both want one port of the host's: all addresses have every other one's.
+    pub(super) fn collides(&self, other: &Self) -> bool {
+        let is_all = |publish: &Self| publish.address.is_none_or(|a| a.is_unspecified());
+        let one_address = self.address == other.address || is_all(self) || is_all(other);
+        self.protocol == other.protocol && self.host == other.host && one_address
+    }
 }
 
 /// A `--publish` value that cannot be read.
@@ -351,6 +358,14 @@ mod tests {
         {
             assert_eq!(read(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_port_is_published_once() {
+        let collide = |a: &str, b: &str| a.parse::<Publish>().unwrap().collides(&b.parse().unwrap());
+        assert!(collide("80:1", "80:2") && collide("127.0.0.1:80:1", "80:2") && collide("[::]:80:1", "80:2"));
+        assert!(!collide("80:1", "81:1") && !collide("80:1", "80:1/udp"));
+        assert!(!collide("127.0.0.1:80:1", "127.0.0.2:80:1"));
     }
 
     proptest! {

@@ -294,6 +294,17 @@ fn net_user_ends_together_or_not_at_all() {
     });
 }
 
+#[test]
+#[ignore = "needs root"]
+fn net_user_without_a_route() {
+    in_own_network(|| {
+        let host = Host::new();
+        let output =
+            host.boot(&host.kernel(&power_off()), &["--net", "user"]).env("RUST_LOG", "error").output();
+        assert_fails(&output.unwrap(), 1, &["--net user", "default route", "--net tap=NAME"]);
+    });
+}
+
 #[track_caller]
 fn assert_link_is_lost(output: Output) {
     status(&output, 0);

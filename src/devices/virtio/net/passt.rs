@@ -34,6 +34,12 @@ pub enum PasstError {
     /// It cannot be run.
     #[error("--net user: passt cannot be started")]
     Start(#[source] io::Error),
+    /// It has nowhere to lead to.
+    #[error(
+        "--net user: passt finds no interface with a default route, whose address it gives to the guest: connect this \
+         host, or use --net tap=NAME"
+    )]
+    NoRoute,
     /// It ended.
     #[error("--net user: passt ended at once: {0}")]
     Ended(String),
@@ -98,7 +104,12 @@ fn run(socket: &UnixStream, publish: &[Publish]) -> Result<(), PasstError> {
     if output.status.success() {
         return Ok(());
     }
-    Err(PasstError::Ended(last_words(&String::from_utf8_lossy(&output.stderr))))
+    Err(why(&String::from_utf8_lossy(&output.stderr)))
+}
+
+fn why(stderr: &str) -> PasstError {
+    let words = last_words(stderr);
+    if words.contains("xternal interface") { PasstError::NoRoute } else { PasstError::Ended(words) }
 }
 
 /// The last line that says something; passt complains of a missing system log between all others.
@@ -320,6 +331,12 @@ mod tests {
         let flags = |text: &str| forward(&text.parse().unwrap());
         assert_eq!(flags("8080:80"), ["--tcp-ports", "8080:80"]);
         assert_eq!(flags("127.0.0.1:53:5353/udp"), ["--udp-ports", "127.0.0.1/53:5353"]);
+    }
+
+    #[test]
+    fn a_host_without_a_route_is_told() {
+        assert!(matches!(why("External interface not usable\n"), PasstError::NoRoute));
+        assert!(matches!(why("no memory\n"), PasstError::Ended(words) if words == "no memory"));
     }
 
     #[test]

@@ -172,8 +172,7 @@ impl NetWorker {
         let fd = backend.as_fd().as_raw_fd();
         let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         log::warn!("{}: its tap or passt is gone; the guest goes on without a link", self.shared.id);
-        self.shared.link.store(false, Ordering::SeqCst);
-        self.interrupt.config_changed();
+        self.interrupt.change_config(|| self.shared.link.store(false, Ordering::SeqCst));
         if self.is_blocked {
             // What waited for room goes nowhere, too.
             self.is_blocked = false;
