@@ -11,7 +11,7 @@ use crate::bus::{Bus, Overlap};
 use crate::config::{NetBackend, Publish, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
-use crate::devices::virtio::net::{Backend, Net, NetParts, Passt, PasstError, Tap, TapError};
+use crate::devices::virtio::net::{Backend, MAX_PAIRS, Net, NetParts, Passt, PasstError, Tap, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -138,14 +138,21 @@ fn open_nets(
 ) -> Result<(), DeviceError> {
     let mut publish: &[Publish] = &config.publish;
     for (index, net) in config.nets.iter().enumerate() {
-        let (backend, name): (Box<dyn Backend>, _) = match &net.backend {
-            NetBackend::Tap(name) => (Box::new(Tap::open(name)?), format!("tap={name}")),
-            NetBackend::User => (Box::new(Passt::start(std::mem::take(&mut publish))?), "user".into()),
+        let (backends, name): (Vec<Box<dyn Backend>>, _) = match &net.backend {
+            NetBackend::Tap(name) => {
+                let most = (config.cpus as usize).clamp(1, MAX_PAIRS);
+                let queues = Tap::open(name, most)?.into_iter();
+                (queues.map(|queue| Box::new(queue) as _).collect(), format!("tap={name}"))
+            }
+            NetBackend::User => {
+                let passt = Passt::start(std::mem::take(&mut publish))?;
+                (vec![Box::new(passt)], "user".into())
+            }
         };
         let parts = NetParts {
             id: format!("net{index}"),
             mac: net.mac(index),
-            backend,
+            backends,
             name,
             iops: net.iops,
             bandwidth: net.bandwidth.map(|b| b.0),

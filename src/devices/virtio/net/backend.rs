@@ -37,6 +37,14 @@ pub trait Backend: AsFd + Send {
     /// # Errors
     /// The host refuses.
     fn set_features(&mut self, features: u64) -> io::Result<()>;
+    /// Takes part in the network, or does not: of a backend for one of several pairs of queues. While it is off, nothing
+    /// is sent, received or waited for.
+    ///
+    /// # Errors
+    /// The host refuses.
+    fn switch(&mut self, _on: bool) -> io::Result<()> {
+        Ok(())
+    }
     /// Sends a frame, whose header comes first. At most [`MAX_FRAME`] bytes.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::sys::guest_iovec::GuestIovecs;
-use crate::sys::tap;
+use crate::sys::tap::{self, Queues};
 
 use super::super::Segment;
 use super::backend::{Backend, HEADER, Room, Sent};
@@ -41,36 +41,59 @@ pub enum TapError {
     )]
     Permission(String),
     /// Another kind of interface.
-    #[error(
-        "--net tap={0}: it is no tap with one queue: make one (sudo ip tuntap add NAME mode tap user $USER)"
-    )]
+    #[error("--net tap={0}: it is no tap: make one (sudo ip tuntap add NAME mode tap user $USER)")]
     NoTap(String),
     /// Something else.
     #[error("--net tap={0}: it cannot be used")]
     Other(String, #[source] io::Error),
 }
 
-/// A tap.
+/// A tap, or one of its queues.
 pub struct Tap {
     file: File,
     pieces: GuestIovecs,
 }
 
 impl Tap {
-    /// Opens tap `name`, which must be there.
+    /// Opens tap `name`, which must be there: one queue, or, where it was made for many, up to `most` of them. All but
+    /// the first are off ([`Backend::switch`]).
     ///
     /// # Errors
     /// It is not there, not ours, or busy.
-    pub fn open(name: &str) -> Result<Self, TapError> {
-        let own = || name.to_string();
+    pub fn open(name: &str, most: usize) -> Result<Vec<Self>, TapError> {
         if !tap::exists(name) {
-            return Err(TapError::Missing(own()));
+            return Err(TapError::Missing(name.into()));
         }
+        match Self::open_queue(name, Queues::One) {
+            // What the kernel says of a tap for many queues, and of what is no tap.
+            Err(TapError::NoTap(_)) => Self::open_many(name, most),
+            one => Ok(vec![one?]),
+        }
+    }
+
+    fn open_many(name: &str, most: usize) -> Result<Vec<Self>, TapError> {
+        // The kernel lets anybody add a queue to such a tap; two VMs would take frames from each other.
+        let busy = tap::is_running(name).unwrap_or(false);
+        let first = Self::open_queue(name, Queues::Many)?;
+        if busy {
+            return Err(TapError::Busy(name.into()));
+        }
+        let mut queues = vec![first];
+        for _ in 1..most {
+            let mut queue = Self::open_queue(name, Queues::Many)?;
+            queue.switch(false).map_err(|e| TapError::Other(name.into(), e))?;
+            queues.push(queue);
+        }
+        Ok(queues)
+    }
+
+    fn open_queue(name: &str, queues: Queues) -> Result<Self, TapError> {
+        let own = || name.to_string();
         let file = tap::open_device().map_err(|e| match e.kind() {
             io::ErrorKind::PermissionDenied => TapError::DevicePermission(own()),
             _ => TapError::NoDevice(own(), e),
         })?;
-        tap::attach(&file, name, HEADER as libc::c_int).map_err(|e| match e.raw_os_error() {
+        tap::attach(&file, name, queues, HEADER as libc::c_int).map_err(|e| match e.raw_os_error() {
             Some(libc::EBUSY) => TapError::Busy(own()),
             Some(libc::EPERM | libc::EACCES) => TapError::Permission(own()),
             Some(libc::EINVAL) => TapError::NoTap(own()),
@@ -114,6 +137,10 @@ impl Backend for Tap {
         tap::set_offloads(self.file.as_fd(), offloads(features))
     }
 
+    fn switch(&mut self, on: bool) -> io::Result<()> {
+        tap::use_queue(self.file.as_fd(), on)
+    }
+
     fn send(&mut self, memory: &GuestMemoryMmap, frame: &[Segment]) -> io::Result<Sent> {
         let pieces = frame.iter().map(|s| (s.address, s.len));
         match self.pieces.write(self.file.as_fd(), &[], memory, pieces) {
@@ -147,6 +174,6 @@ mod tests {
 
     #[test]
     fn a_tap_that_is_not_there_is_not_made() {
-        assert!(matches!(Tap::open("no-such-tap"), Err(TapError::Missing(_))));
+        assert!(matches!(Tap::open("no-such-tap", 2), Err(TapError::Missing(_))));
     }
 }

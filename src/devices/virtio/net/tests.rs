@@ -25,6 +25,7 @@ struct FakeTap {
     /// An event loop refuses it.
     file: std::fs::File,
     unwaitable: Arc<AtomicBool>,
+    switched: Arc<Mutex<Vec<bool>>>,
 }
 
 impl AsFd for FakeTap {
@@ -52,6 +53,10 @@ impl Backend for FakeTap {
     fn set_features(&mut self, features: u64) -> std::io::Result<()> {
         self.fail()?;
         self.accepted.lock().unwrap().push(features);
+        Ok(())
+    }
+    fn switch(&mut self, on: bool) -> std::io::Result<()> {
+        self.switched.lock().unwrap().push(on);
         Ok(())
     }
     fn send(&mut self, memory: &GuestMemoryMmap, frame: &[Segment]) -> std::io::Result<Sent> {
@@ -84,34 +89,39 @@ fn setup(features: u64) -> Setup {
     setup_with(features, None)
 }
 
-fn setup_with(features: u64, iops: Option<u64>) -> Setup {
+/// A tap, and the network's side of it.
+fn fake_tap() -> (FakeTap, UnixDatagram) {
     let (ours, network) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let (accepted, error, unwaitable) = (Arc::default(), Arc::default(), Arc::default());
     let tap = FakeTap {
         socket: ours,
         pieces: GuestIovecs::default(),
-        accepted: Arc::clone(&accepted),
-        error: Arc::clone(&error),
+        accepted: Arc::default(),
+        error: Arc::default(),
         file: std::fs::File::open("/proc/self/exe").unwrap(),
-        unwaitable: Arc::clone(&unwaitable),
+        unwaitable: Arc::default(),
+        switched: Arc::default(),
     };
+    (tap, network)
+}
+
+fn setup_with(features: u64, iops: Option<u64>) -> Setup {
+    let (tap, network) = fake_tap();
+    let (accepted, error, unwaitable) = (tap.accepted.clone(), tap.error.clone(), tap.unwaitable.clone());
     let net = card(Box::new(tap), iops);
     let counters = net.shared.counters.clone();
-    Setup {
-        driver: Driver::start_with(Box::new(net), &[16, 16], features),
-        network,
-        counters,
-        accepted,
-        error,
-        unwaitable,
-    }
+    let driver = Driver::start_with(Box::new(net), &[16, 16], features);
+    Setup { driver, network, counters, accepted, error, unwaitable }
 }
 
 fn card(backend: Box<dyn Backend>, iops: Option<u64>) -> Net {
+    card_of(vec![backend], iops)
+}
+
+fn card_of(backends: Vec<Box<dyn Backend>>, iops: Option<u64>) -> Net {
     let (id, mac) = ("net0".into(), Mac([2, 0, 0, 0, 0, 1]));
-    let parts = NetParts { id, mac, backend, name: "test".into(), iops, bandwidth: None };
+    let parts = NetParts { id, mac, backends, name: "test".into(), iops, bandwidth: None };
     Net::new(parts, &Registry::default()).unwrap()
 }
 
@@ -544,4 +554,135 @@ fn the_control_socket_shows_address_and_link() {
     assert_eq!((control.id(), control.kind()), ("net0", "net"));
     let state = control.describe();
     assert_eq!((&state["mac"], &state["link"]), (&"02:00:00:00:00:01".into(), &"up".into()));
+}
+
+/// A card of two pairs of queues, its driver, the network's sides, and what the second tap was told.
+struct Pairs {
+    driver: Driver,
+    networks: [UnixDatagram; 2],
+    counters: NetCounters,
+    switched: Arc<Mutex<Vec<bool>>>,
+}
+
+/// The queue for commands behind two pairs.
+const COMMANDS: usize = 4;
+
+fn pairs(queues: usize, features: u64, iops: Option<u64>) -> Pairs {
+    let ((first, network), (second, other_network)) = (fake_tap(), fake_tap());
+    let switched = second.switched.clone();
+    let net = card_of(vec![Box::new(first), Box::new(second)], iops);
+    let counters = net.shared.counters.clone();
+    let driver = Driver::start_with(Box::new(net), &vec![16; queues], features);
+    Pairs { driver, networks: [network, other_network], counters, switched }
+}
+
+impl Pairs {
+    /// Gives a command, and returns the answer.
+    fn command(&mut self, queue: usize, bytes: &[u8]) -> u8 {
+        let (command, answer) = (self.driver.filled(bytes), self.driver.buffer(1));
+        self.driver.offer(queue, &[command], &[answer]);
+        assert_eq!(self.driver.wait_used(queue).1, 1);
+        self.driver.bytes(answer)[0]
+    }
+}
+
+#[test]
+fn a_pair_is_off_until_the_driver_says_so() {
+    let mut p = pairs(5, u64::MAX, None);
+    assert_eq!(p.driver.read(0x108) & 0xffff, 2, "the number of pairs");
+    for _ in 0..4 {
+        p.driver.post(2, &[], &[(0x80_0000, 2000)]);
+    }
+    p.driver.notify(2);
+    p.networks[1].send(&frame(60)).unwrap();
+    let buffer = p.driver.filled(&frame(60));
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait_used(3);
+    assert_eq!((p.driver.try_used(2), p.counters.tx_dropped.get()), (None, 1));
+    assert_idle();
+
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    // On at once for what is sent, and soon for what is received.
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait_used(3);
+    assert_eq!(p.networks[1].recv(&mut [0; 256]).unwrap(), HEADER + 60);
+    assert_eq!(p.driver.wait_used(2).1, 72);
+
+    assert_eq!(p.command(COMMANDS, &[4, 0, 1, 0]), 0);
+    p.networks[1].send(&frame(60)).unwrap();
+    assert_idle();
+    assert_eq!(p.driver.try_used(2), None, "a frame came to a pair that is off");
+    p.driver.offer(0, &[], &[(0x80_0000, 2000)]);
+    p.networks[0].send(&frame(60)).unwrap();
+    assert_eq!(p.driver.wait_used(0).1, 72);
+    assert_eq!(*p.switched.lock().unwrap(), [true, false]);
+}
+
+#[test]
+fn a_reset_turns_pairs_off() {
+    let mut p = pairs(5, u64::MAX, None);
+    for _ in 0..2 {
+        assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+        p.driver.offer(2, &[], &[(0x80_0000, 2000)]);
+        p.networks[1].send(&frame(60)).unwrap();
+        p.driver.wait_used(2);
+        p.driver.restart(&[16; 5]);
+    }
+    assert_eq!(*p.switched.lock().unwrap(), [true, false, true, false]);
+}
+
+#[test]
+fn commands_that_are_none_are_refused() {
+    let mut p = pairs(5, u64::MAX, None);
+    let commands: [&[u8]; 10] = [
+        &[4, 0, 0, 0],
+        &[4, 0, 3, 0],
+        &[4, 0, 0xff, 0xff],
+        &[4, 0, 2],
+        &[4, 0, 2, 0, 0],
+        &[4],
+        &[4, 1, 2, 0],
+        &[0, 0, 1, 0],
+        &[1, 1, 2, 0, 0, 0, 0, 1],
+        &[0xff; 300],
+    ];
+    for command in commands {
+        assert_eq!(p.command(COMMANDS, command), 1, "{command:?}");
+    }
+    // No room for an answer, and nothing but room.
+    let command = p.driver.filled(&[4, 0, 2, 0]);
+    p.driver.offer(COMMANDS, &[command], &[]);
+    assert_eq!(p.driver.wait_used(COMMANDS).1, 0);
+    let answer = p.driver.buffer(100);
+    p.driver.offer(COMMANDS, &[], &[answer]);
+    assert_eq!((p.driver.wait_used(COMMANDS).1, p.driver.bytes(answer)[0]), (1, 1));
+    assert!(p.switched.lock().unwrap().is_empty());
+    // Wherever descriptors divide it.
+    let (a, b) = (p.driver.filled(&[4]), p.driver.filled(&[0, 2, 0]));
+    p.driver.offer(COMMANDS, &[a, b], &[answer]);
+    assert_eq!((p.driver.wait_used(COMMANDS).1, p.driver.bytes(answer)[0]), (1, 0));
+}
+
+/// The queue for commands stands behind the pairs that the driver knows of.
+#[test]
+fn without_pairs_commands_come_third() {
+    let mut p = pairs(3, F_CTRL_VQ, None);
+    assert_eq!(p.command(2, &[4, 0, 2, 0]), 1);
+    assert_eq!(p.command(2, &[4, 0, 1, 0]), 0);
+    // And without such a queue, or with pairs that were not set up, the card works.
+    drop(pairs(2, 0, None));
+    drop(pairs(2, u64::MAX, None));
+}
+
+#[test]
+fn pairs_share_the_limit_of_the_card() {
+    let mut p = pairs(5, u64::MAX, Some(1));
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    let buffer = p.driver.filled(&frame(60));
+    p.driver.offer(1, &[buffer], &[]);
+    p.driver.wait_used(1);
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait("nobody waits for the limit", |_| (p.counters.throttled.get() > 0).then_some(()));
+    assert_eq!(p.counters.tx_packets.get(), 1);
+    p.driver.wait_used(3);
 }
