@@ -25,8 +25,8 @@ use crate::metrics::Registry;
 use crate::sandbox::Kept;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, NotStarted, VirtioDevice, Worker, read_config_space,
-    take_queue,
+    ActivateError, Activation, ActiveQueue, DeviceKind, NotStarted, Served, VirtioDevice, Worker,
+    read_config_space, take_queue,
 };
 
 pub use backend::Backend;
@@ -195,16 +195,25 @@ impl Net {
         }
     }
 
-    /// Starts the thread of a pair.
-    fn start(
+    /// What the thread of its first pair of queues serves, for who serves it without a thread, as a fuzzer.
+    ///
+    /// # Errors
+    /// A queue is missing, or this is not the first time.
+    pub fn serving(&mut self, mut activation: Activation) -> Result<impl Served + use<>, ActivateError> {
+        let mut pairs = self.take_pairs(&mut activation)?;
+        self.worker_of(0, pairs.swap_remove(0), &activation)
+    }
+
+    /// The state of a pair's thread.
+    fn worker_of(
         &mut self,
         pair: usize,
         queues: PairQueues,
         activation: &Activation,
-    ) -> Result<(), ActivateError> {
+    ) -> Result<NetWorker, ActivateError> {
         let host = self.parts.get_mut(pair).and_then(Option::take).ok_or_else(no_parts)?;
         let PairQueues { rx, tx, commands } = queues;
-        let worker = NetWorker::new(WorkerParts {
+        Ok(NetWorker::new(WorkerParts {
             pair,
             commands,
             rx: Rx::new(rx, activation.features),
@@ -213,7 +222,17 @@ impl Net {
             interrupt: activation.interrupt.clone(),
             shared: self.shared.clone(),
             host,
-        });
+        }))
+    }
+
+    /// Starts the thread of a pair.
+    fn start(
+        &mut self,
+        pair: usize,
+        queues: PairQueues,
+        activation: &Activation,
+    ) -> Result<(), ActivateError> {
+        let worker = self.worker_of(pair, queues, activation)?;
         // The first pair's thread has the card's name.
         let id = &self.shared.id;
         let name = if pair == 0 { id.clone() } else { format!("{id}-q{pair}") };

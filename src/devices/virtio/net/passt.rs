@@ -68,7 +68,11 @@ impl Passt {
         Self::over(ours).map_err(PasstError::Start)
     }
 
-    pub(super) fn over(stream: UnixStream) -> io::Result<Self> {
+    /// A card on a stream that somebody else speaks passt's protocol on.
+    ///
+    /// # Errors
+    /// The stream cannot be made non-blocking.
+    pub fn over(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,

@@ -99,7 +99,13 @@ impl Tap {
             Some(libc::EINVAL) => TapError::NoTap(own()),
             _ => TapError::Other(own(), e),
         })?;
-        Ok(Self { file, pieces: GuestIovecs::default() })
+        Ok(Self::over(file))
+    }
+
+    /// A card on anything that takes and gives a frame at a time behind virtio's header, without blocking.
+    #[must_use]
+    pub fn over(file: File) -> Self {
+        Self { file, pieces: GuestIovecs::default() }
     }
 }
 
