@@ -583,3 +583,92 @@ fn a_vsock_socket_where_the_control_socket_is() {
     assert_fails(&output, 1, &["--control v", "listens there already"]);
     assert!(!host.dir.path().join("v").exists());
 }
+
+#[test]
+fn a_tap_that_is_not_there() {
+    let host = Host::new();
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=no-such-tap"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=no-such-tap", "no such interface", "ip tuntap add no-such-tap"]);
+}
+
+#[test]
+fn an_interface_that_is_no_tap() {
+    let host = Host::new();
+    // "no tap", or no /dev/net/tun at all, or not for this user: whichever, it names the flag and what to do.
+    let output = host.boot(&host.kernel(&power_off()), &["--net", "tap=lo"]).output().unwrap();
+    assert_fails(&output, 1, &["--net tap=lo", "sudo"]);
+}
+
+#[test]
+fn no_passt_installed() {
+    let host = Host::new();
+    let mut command = host.boot(&host.kernel(&power_off()), &["--net", "user"]);
+    let output = command.env("PATH", "/nonexistent").output().unwrap();
+    assert_fails(&output, 1, &["--net user", "no passt", "apt-get install passt"]);
+}
+
+#[test]
+fn a_published_port_that_is_taken() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let taken = [(tcp.local_addr().unwrap(), "tcp"), (udp.local_addr().unwrap(), "udp")];
+    for (address, protocol) in taken {
+        let port = format!("{address}:80/{protocol}");
+        let output = host.boot(&kernel, &["--net", "user", "-p", &port]).output().unwrap();
+        assert_fails(&output, 1, &["--publish", &port, "in use"]);
+    }
+}
+
+/// Boots with these flags, and checks that it fails with these words.
+#[track_caller]
+fn bad_net(host: &Host, flags: &[&str], words: &[&str]) {
+    let kernel = host.kernel(&power_off());
+    assert_fails(&host.boot(&kernel, flags).output().unwrap(), 2, words);
+}
+
+#[test]
+fn network_options_that_are_none() {
+    let host = Host::new();
+    for (net, words) in [
+        ("", &["--net", "tap=NAME", "user"][..]),
+        ("bridge", &["\"bridge\"", "tap=NAME", "user"]),
+        ("tap", &["\"tap\"", "tap=NAME"]),
+        ("user=me", &["\"user=me\"", "tap=NAME"]),
+        ("user,", &["unknown option \"\"", "mac=MAC", "iops=N"]),
+        ("user,queues=2", &["\"queues=2\"", "mac=MAC", "bandwidth=SIZE"]),
+        ("user,mac=1", &["mac \"1\"", "six pairs", "02:00:00:00:00:01"]),
+        ("user,mac=+2:00:00:00:00:00", &["six pairs"]),
+        ("user,mac=01:00:00:00:00:00", &["group", "first byte must be even"]),
+        ("user,iops=many", &["iops=many", "whole numbers from 1"]),
+        ("user,iops=+1", &["iops=+1", "whole numbers"]),
+        ("user,iops=0", &["iops=0", "leave the limit out"]),
+        ("user,bandwidth=quick", &["bandwidth", "quick", "128M"]),
+        ("user,bandwidth=0", &["bandwidth=0", "leave the limit out"]),
+        ("tap=", &["--net tap=", "1 to 15 bytes"]),
+        ("tap=0123456789abcdef", &["0123456789abcdef", "1 to 15 bytes"]),
+        ("tap=a/b", &["tap=a/b", "without spaces"]),
+        ("tap=..", &["tap=..", "1 to 15 bytes"]),
+    ] {
+        bad_net(&host, &["--net", net], words);
+    }
+    bad_net(&host, &["--net", "tap=a", "--net", "tap=a"], &["--net tap=a", "twice"]);
+    let mac = "user,mac=02:00:00:00:00:01";
+    bad_net(&host, &["--net", mac, "--net", mac], &["mac=02:00:00:00:00:01", "twice"]);
+}
+
+#[test]
+fn ports_that_cannot_be_published() {
+    let host = Host::new();
+    for port in ["80", "0:80", "80:0", "80:65536", "80:80/sctp", "here:80:80", "::1:80:80"] {
+        bad_net(
+            &host,
+            &["--net", "user", "-p", port],
+            &["--publish", port, "[ADDRESS:]HOST:GUEST", "8080:80"],
+        );
+    }
+    bad_net(&host, &["--net", "tap=a", "-p", "8080:80"], &["--publish 8080:80", "add --net user"]);
+    let twice = ["--net", "user", "-p", "8080:80", "-p", "127.0.0.1:8080:81"];
+    bad_net(&host, &twice, &["--publish 127.0.0.1:8080:81", "twice"]);
+}

@@ -6,6 +6,8 @@ mod balloon;
 mod common;
 #[path = "real/console.rs"]
 mod console;
+#[path = "real/net.rs"]
+mod net;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -31,10 +33,18 @@ fn initrd(name: &str) -> PathBuf {
 
 /// `microvm boot` of `name/file` with its initramfs, which runs `check WORDS`.
 fn boot(name: &str, file: &str, words: &str, flags: &[&str]) -> Command {
-    let mut command = Host::new().microvm(["boot", "--timeout", "120s", "--kernel"]);
+    boot_with(name, file, "", words, flags)
+}
+
+/// The same with words for the kernel itself.
+fn boot_with(name: &str, file: &str, kernel_words: &str, words: &str, flags: &[&str]) -> Command {
+    let mut command = Host::new().microvm(["boot", "--kernel"]);
     command.current_dir("/").arg(kernel(name).join(file)).arg("--initrd").arg(initrd(name));
+    if !flags.contains(&"--timeout") {
+        command.args(["--timeout", "120s"]);
+    }
     command.args(["--exit-code-port", "0xf4"]).args(flags);
-    command.arg("--append").arg(format!("microvm.exit_code_port=0xf4 -- /bin/check {words}"));
+    command.arg("--append").arg(format!("{kernel_words} microvm.exit_code_port=0xf4 -- /bin/check {words}"));
     command
 }
 
@@ -382,7 +392,7 @@ fn disk_on_a_full_host_disk_fails_and_the_vm_goes_on() {
 }
 
 /// A thousand connections each way and more, with tests/host/vsock.py as the host's programs and
-/// examples/guest_vsock.rs as the guest's.
+/// tests/guest/vsock.rs as the guest's.
 fn vsock_run(name: &str, file: &str, flags: &[&str]) {
     // Writable in the emulated host, and short enough for a socket's path.
     let dir = tempfile::TempDir::with_prefix_in("v", "/tmp").unwrap();

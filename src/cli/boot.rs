@@ -12,8 +12,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::config::{
-    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig, Sandbox,
-    VmConfig, VsockConfig,
+    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig, NetConfig,
+    Publish, Sandbox, VmConfig, VsockConfig,
 };
 use crate::control::{Control, Place};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
@@ -43,6 +43,7 @@ Examples:
   microvm boot --kernel vmlinux --disk root.img --root --disk data.img,readonly
   microvm boot --kernel vmlinux --initrd initramfs.cpio --console stdio   # hvc0, as wide as the terminal
   microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
+  microvm boot --kernel bzImage --initrd i.cpio --net user -p 8080:80
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
@@ -106,6 +107,12 @@ pub struct BootArgs {
     #[arg(long, value_name = "cid=N,socket=PATH",
         value_parser = OsStringValueParser::new().try_map(|text| VsockConfig::parse(&text)))]
     vsock: Option<VsockConfig>,
+    /// A network card, on a tap or in user mode (without root, through passt); again for more
+    #[arg(long, value_name = "tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE]")]
+    net: Vec<NetConfig>,
+    /// Lead a port of the host's to one of the guest's, with --net user; again for more
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]
+    publish: Vec<Publish>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -316,6 +323,12 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.root |= args.root;
     config.balloon = args.balloon.or(config.balloon);
     config.vsock = args.vsock.or(config.vsock);
+    if !args.net.is_empty() {
+        config.nets = args.net;
+    }
+    if !args.publish.is_empty() {
+        config.publish = args.publish;
+    }
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;

@@ -7,6 +7,7 @@ mod console;
 mod disk;
 mod memory;
 mod name;
+mod net;
 mod size;
 mod vsock;
 
@@ -21,6 +22,9 @@ pub use console::HostEnd;
 pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
+pub use net::{
+    Mac, NetBackend, NetConfig, ParseMacError, ParseNetError, ParsePublishError, Protocol, Publish,
+};
 pub use size::{ParseSizeError, Size};
 pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
 
@@ -75,6 +79,12 @@ pub struct VmConfig {
     /// Sockets between guest and host (virtio-vsock).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Network cards, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+    /// The host's ports that lead to the guest, through its first card in user mode.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<Publish>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -267,6 +277,24 @@ pub enum ConfigError {
     /// A root file system on no disk.
     #[error("--root: the VM has no disk: give one with --disk PATH, or leave the flag out")]
     RootWithoutDisk,
+    /// No interface of Linux has such a name.
+    #[error("--net tap={0}: an interface's name has 1 to 15 bytes, without spaces, '/' and ':'")]
+    TapName(String),
+    /// A tap has one user.
+    #[error("--net tap={0} is there twice: give each network card a tap of its own")]
+    TapTwice(String),
+    /// Two cards of one address on one network.
+    #[error("--net mac={0} is there twice: give each network card an address of its own")]
+    MacTwice(Mac),
+    /// Nothing would ever pass.
+    #[error("--net iops=0 or bandwidth=0: give the card something, or leave the limit out")]
+    NetLimit,
+    /// A port leads to nobody.
+    #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
+    PublishWithoutUser(Publish),
+    /// A port leads to two places.
+    #[error("--publish {0}: this port of the host's is published twice: choose another")]
+    PublishTwice(Publish),
     /// The kernel's timers count nanoseconds in 63 bits.
     #[error("--timeout is longer than a year: leave the flag out for no limit")]
     LongTimeout,
@@ -300,6 +328,8 @@ impl VmConfig {
             root: false,
             balloon: None,
             vsock: None,
+            nets: Vec::new(),
+            publish: Vec::new(),
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -342,11 +372,40 @@ impl VmConfig {
         }
         self.validate_consoles()?;
         disk::validate(&self.disks, self.root)?;
+        self.validate_nets()?;
         self.memory.validate()?;
         if let Some(balloon) = self.balloon.as_ref().filter(|b| b.size >= self.memory.size) {
             return Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size));
         }
         self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)
+    }
+
+    fn validate_nets(&self) -> Result<(), ConfigError> {
+        for (i, net) in self.nets.iter().enumerate() {
+            net.validate()?;
+            let before = &self.nets[..i];
+            if let NetBackend::Tap(name) = &net.backend
+                && before.iter().any(|b| b.backend == net.backend)
+            {
+                return Err(ConfigError::TapTwice(name.clone()));
+            }
+            if let Some(mac) = net.mac
+                && before.iter().any(|b| b.mac == net.mac)
+            {
+                return Err(ConfigError::MacTwice(mac));
+            }
+        }
+        for (i, publish) in self.publish.iter().enumerate() {
+            if self.publish[..i].iter().any(|before| before.collides(publish)) {
+                return Err(ConfigError::PublishTwice(*publish));
+            }
+        }
+        match self.publish.first() {
+            Some(publish) if !self.nets.iter().any(|n| n.backend == NetBackend::User) => {
+                Err(ConfigError::PublishWithoutUser(*publish))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -412,6 +471,8 @@ mod tests {
         c.name = Some("web-1".into());
         c.control = Control::Path("vm.sock".into());
         c.vsock = Some(VsockConfig { cid: 3, socket: "v.sock".into() });
+        c.nets = vec!["tap=tap0,mac=02:00:00:00:00:01".parse().unwrap(), "user".parse().unwrap()];
+        c.publish = vec!["127.0.0.1:8080:80".parse().unwrap(), "53:53/udp".parse().unwrap()];
         c.memory = "1G,hugepages=2M,backing=memfd".parse().unwrap();
         c.sandbox = Sandbox::Strict;
         c.disks = vec![DiskConfig::new("root.img".into())];

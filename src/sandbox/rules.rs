@@ -63,6 +63,7 @@ const KVM_KVMCLOCK_CTRL: (&str, u32) = ("KVM_KVMCLOCK_CTRL", 0xaead);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
+const TUNSETQUEUE: (&str, u32) = ("TUNSETQUEUE", 0x4004_54d9);
 const FIONBIO: (&str, u32) = ("FIONBIO", 0x5421);
 const TIOCGWINSZ: (&str, u32) = ("TIOCGWINSZ", 0x5413);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
@@ -143,8 +144,8 @@ pub(super) const VMM: &[Rule] = &[
     allow(libc::SYS_ppoll, "is there input, is there room for output"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TIOCGWINSZ, TUNSETOFFLOAD, FIONBIO])],
-        "the terminal as it was, and its size; a tap's offloads; sockets that do not block",
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TIOCGWINSZ, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
+        "the terminal as it was, and its size; a tap's offloads and queues; sockets that do not block",
     ),
     allow_if(libc::SYS_clone, &[Check::Is(0, "flags", &[THREAD])], "threads of devices; never a process"),
     fails(libc::SYS_clone3, libc::ENOSYS, "its flags cannot be seen here; glibc goes back to clone"),
@@ -265,8 +266,8 @@ const WORKER: &[Rule] = &[
     allow(libc::SYS_epoll_ctl, "a worker's descriptors come and go"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, FIONBIO])],
-        "a tap's offloads; sockets that do not block; a panic gives the terminal back",
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
+        "a tap's offloads, and which of its queues the guest uses; sockets that do not block; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -1,5 +1,6 @@
 //! The virtio devices of a VM: made from the configuration, and connected to the guest.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -8,9 +9,10 @@ use thiserror::Error;
 
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
-use crate::config::{HostEnd, VmConfig};
+use crate::config::{HostEnd, NetBackend, Publish, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::virtio::net::{Backend, MAX_PAIRS, Net, NetParts, Passt, PasstError, Tap, TapError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSocketError, Vsock};
 use crate::devices::virtio::{
@@ -40,6 +42,15 @@ pub enum DeviceError {
     /// The socket of `--vsock`.
     #[error(transparent)]
     Vsock(#[from] HostSocketError),
+    /// A network card has no descriptor for its timers.
+    #[error("--net: no descriptor is left: raise the limit (ulimit -n)")]
+    Net(#[source] io::Error),
+    /// A network card's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A network card's passt.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -87,6 +98,11 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
+        open_nets(config, metrics, |net| {
+            controls.add(net.control())?;
+            devices.push(Box::new(net));
+            Ok(())
+        })?;
         let mut console = None;
         if *config.console_end() != HostEnd::Null {
             let (device, end) = GuestEnd::virtio(metrics).map_err(DeviceError::Console)?;
@@ -187,6 +203,38 @@ impl DeviceThreads {
     pub(super) fn resume(&mut self) {
         self.paused.drain(..).for_each(|worker| worker.resume());
     }
+}
+
+/// Opens the network cards. The first in user mode has all published ports.
+fn open_nets(
+    config: &VmConfig,
+    metrics: &Registry,
+    mut add: impl FnMut(Net) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let mut publish: &[Publish] = &config.publish;
+    for (index, net) in config.nets.iter().enumerate() {
+        let (backends, name): (Vec<Box<dyn Backend>>, _) = match &net.backend {
+            NetBackend::Tap(name) => {
+                let most = (config.cpus as usize).clamp(1, MAX_PAIRS);
+                let queues = Tap::open(name, most)?.into_iter();
+                (queues.map(|queue| Box::new(queue) as _).collect(), format!("tap={name}"))
+            }
+            NetBackend::User => {
+                let passt = Passt::start(std::mem::take(&mut publish))?;
+                (vec![Box::new(passt)], "user".into())
+            }
+        };
+        let parts = NetParts {
+            id: format!("net{index}"),
+            mac: net.mac(index),
+            backends,
+            name,
+            iops: net.iops,
+            bandwidth: net.bandwidth.map(|b| b.0),
+        };
+        add(Net::new(parts, metrics).map_err(DeviceError::Net)?)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 """The host's side of the vsock tests in tests/real_kernels.rs. Argument: the path of `--vsock`.
 
-Its counterpart in the guest is examples/guest_vsock.rs, which says what serves each port.
+Its counterpart in the guest is tests/guest/vsock.rs, which says what serves each port.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -32,33 +33,52 @@ const STACK: usize = 256 << 10;
 /// Events taken at once.
 const BATCH: usize = 16;
 
+/// A worker could not be started. Its state is there for another try: what it has of the host cannot be had again once
+/// the VM is confined.
+pub struct NotStarted<S> {
+    /// Why.
+    pub error: ActivateError,
+    /// `None`: it was lost with its thread, which cannot happen before it has begun.
+    pub state: Option<S>,
+}
+
+impl<S> From<NotStarted<S>> for ActivateError {
+    fn from(not_started: NotStarted<S>) -> Self {
+        not_started.error
+    }
+}
+
 /// A running device's thread. [`Worker::stop`] ends it and gives the device's state back.
 pub struct Worker<S> {
     control: WorkerControl,
-    thread: JoinHandle<Option<S>>,
+    thread: JoinHandle<Option<Option<S>>>,
 }
 
 impl<S: Served> Worker<S> {
     /// Starts a thread named `name` that serves `state`, confined before it does.
     ///
     /// # Errors
-    /// The host has no thread or descriptor left, or cannot confine it.
-    pub fn start(name: &str, confined: Confined, mut state: S) -> Result<Self, ActivateError> {
-        let control = WorkerControl::new(name)?;
-        let epoll = Epoll::new()?;
-        let watch = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
-        watch(control.as_raw_fd(), EventSet::IN, CONTROL)?;
-        for (fd, set, token) in state.events() {
-            watch(fd, set, token)?;
-        }
-        let own_control = control.clone();
+    /// The host has no thread or descriptor left, or cannot confine it. The state comes back.
+    pub fn start(name: &str, confined: Confined, state: S) -> Result<Self, NotStarted<S>> {
+        let prepared = WorkerControl::new(name).and_then(|control| Ok((watch(&control, &state)?, control)));
+        let (epoll, control) = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => return Err(NotStarted { error: e.into(), state: Some(state) }),
+        };
+        // A thread that does not start drops what it was given, but not what it takes once it runs.
+        let place = Arc::new(Mutex::new(Some(state)));
+        let (own_control, taken) = (control.clone(), place.clone());
         let thread = confined.spawn(S::THREAD, name.into(), STACK, move || {
             // However the thread ends, nobody waits for it any more.
             let _ending = own_control.ends_with_this();
+            let mut state = lock(&taken).take()?;
             serve(&mut state, &epoll, &own_control);
-            state
-        })?;
-        Ok(Self { control, thread })
+            Some(state)
+        });
+        match thread {
+            Ok(thread) => Ok(Self { control, thread }),
+            Err(e) => Err(NotStarted { error: e.into(), state: lock(&place).take() }),
+        }
     }
 
     /// The way to pause it.
@@ -69,8 +89,24 @@ impl<S: Served> Worker<S> {
     /// Ends the thread and waits for it. `None`: it panicked, and its state is lost.
     pub fn stop(self) -> Option<S> {
         self.control.stop();
-        self.thread.join().ok().flatten()
+        self.thread.join().ok().flatten().flatten()
     }
+}
+
+/// Waits for what the state waits for, and for what there is to obey.
+fn watch(control: &WorkerControl, state: &impl Served) -> io::Result<Epoll> {
+    let epoll = Epoll::new()?;
+    let add = |fd, set, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, token));
+    add(control.as_raw_fd(), EventSet::IN, CONTROL)?;
+    for (fd, set, token) in state.events() {
+        add(fd, set, token)?;
+    }
+    Ok(epoll)
+}
+
+/// What is behind it is whole: it is locked to move it alone.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
@@ -151,7 +187,8 @@ mod tests {
         let ((draining, drains), (let_drain, may_drain)) = (mpsc::channel(), mpsc::channel());
         let (count, panics) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let state = Counting { event, count: count.clone(), draining, may_drain, panics: panics.clone() };
-        let worker = Worker::start("counting", Confined::not(), state).unwrap();
+        let worker = Worker::start("counting", Confined::not(), state);
+        let worker = worker.unwrap_or_else(|e| panic!("{}", e.error));
         Rig { worker, count, draining: drains, let_drain, panics }
     }
 

@@ -1,0 +1,688 @@
+//! A card with a driver on one side and the test on the other.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use vm_memory::GuestMemoryMmap;
+
+use super::super::testing::Driver;
+use super::super::{F_VERSION_1, Segment};
+use super::backend::{HEADER, MAX_FRAME, Room, Sent};
+use super::*;
+use crate::metrics::Counter;
+use crate::sys::guest_iovec::GuestIovecs;
+
+/// A tap of the test's: a datagram for each frame, with its header.
+struct FakeTap {
+    socket: UnixDatagram,
+    pieces: GuestIovecs,
+    accepted: Arc<Mutex<Vec<u64>>>,
+    error: Arc<AtomicU64>,
+    /// An event loop refuses it.
+    file: std::fs::File,
+    unwaitable: Arc<AtomicBool>,
+    switched: Arc<Mutex<Vec<bool>>>,
+}
+
+impl AsFd for FakeTap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        if self.unwaitable.load(Ordering::SeqCst) { self.file.as_fd() } else { self.socket.as_fd() }
+    }
+}
+
+impl FakeTap {
+    fn fail(&self) -> std::io::Result<()> {
+        match self.error.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(std::io::Error::from_raw_os_error(errno as i32)),
+        }
+    }
+}
+
+impl Backend for FakeTap {
+    fn features(&self) -> u64 {
+        F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_MRG_RXBUF
+    }
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
+    fn set_features(&mut self, features: u64) -> std::io::Result<()> {
+        self.fail()?;
+        self.accepted.lock().unwrap().push(features);
+        Ok(())
+    }
+    fn switch(&mut self, on: bool) -> std::io::Result<()> {
+        self.switched.lock().unwrap().push(on);
+        Ok(())
+    }
+    fn send(&mut self, memory: &GuestMemoryMmap, frame: &[Segment]) -> std::io::Result<Sent> {
+        self.fail()?;
+        let pieces = frame.iter().map(|s| (s.address, s.len));
+        match self.pieces.write(self.socket.as_fd(), &[], memory, pieces) {
+            Ok(_) => Ok(Sent::Done),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(Sent::Wait),
+            Err(e) => Err(e),
+        }
+    }
+    fn receive(&mut self, room: &mut Room<'_>) -> std::io::Result<usize> {
+        self.fail()?;
+        let pieces = room.segments.iter().take(room.count).map(|s| (s.address, s.len));
+        self.pieces.read(self.socket.as_fd(), room.memory, pieces, room.spill)
+    }
+}
+
+/// A card, its driver, and the network's side.
+struct Setup {
+    driver: Driver,
+    network: UnixDatagram,
+    counters: NetCounters,
+    accepted: Arc<Mutex<Vec<u64>>>,
+    error: Arc<AtomicU64>,
+    unwaitable: Arc<AtomicBool>,
+}
+
+fn setup(features: u64) -> Setup {
+    setup_with(features, None)
+}
+
+/// A tap, and the network's side of it.
+fn fake_tap() -> (FakeTap, UnixDatagram) {
+    let (ours, network) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let tap = FakeTap {
+        socket: ours,
+        pieces: GuestIovecs::default(),
+        accepted: Arc::default(),
+        error: Arc::default(),
+        file: std::fs::File::open("/proc/self/exe").unwrap(),
+        unwaitable: Arc::default(),
+        switched: Arc::default(),
+    };
+    (tap, network)
+}
+
+fn setup_with(features: u64, iops: Option<u64>) -> Setup {
+    let (tap, network) = fake_tap();
+    let (accepted, error, unwaitable) = (tap.accepted.clone(), tap.error.clone(), tap.unwaitable.clone());
+    let net = card(Box::new(tap), iops);
+    let counters = net.shared.counters.clone();
+    let driver = Driver::start_with(Box::new(net), &[16, 16], features);
+    Setup { driver, network, counters, accepted, error, unwaitable }
+}
+
+fn card(backend: Box<dyn Backend>, iops: Option<u64>) -> Net {
+    card_of(vec![backend], iops)
+}
+
+fn card_of(backends: Vec<Box<dyn Backend>>, iops: Option<u64>) -> Net {
+    let (id, mac) = ("net0".into(), Mac([2, 0, 0, 0, 0, 1]));
+    let parts = NetParts { id, mac, backends, name: "test".into(), iops, bandwidth: None };
+    Net::new(parts, &Registry::default()).unwrap()
+}
+
+/// A frame of `len` bytes with its header.
+fn frame(len: usize) -> Vec<u8> {
+    let mut frame = vec![0; HEADER];
+    frame.extend((0..len).map(|i| i as u8));
+    frame
+}
+
+fn wait_for(counter: &Counter, value: u64) {
+    let begin = std::time::Instant::now();
+    while counter.get() != value {
+        assert!(begin.elapsed() < Duration::from_secs(10), "{counter:?} is not {value}");
+        std::thread::yield_now();
+    }
+}
+
+/// The processor time of this process' threads called `net0`, in clock ticks.
+fn ticks(pid_thread: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{pid_thread}/stat")).unwrap_or_default();
+    let fields: Vec<_> = text.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    [11, 12].iter().filter_map(|i| fields.get(*i)?.parse::<u64>().ok()).sum()
+}
+
+/// No thread of this process named `net0` uses the processor: none of them spins.
+fn assert_idle() {
+    let threads: Vec<String> = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter(|t| {
+            std::fs::read_to_string(format!("/proc/self/task/{t}/comm")).is_ok_and(|n| n.trim() == "net0")
+        })
+        .collect();
+    let before: Vec<_> = threads.iter().map(|t| ticks(t)).collect();
+    std::thread::sleep(Duration::from_millis(300));
+    for (thread, before) in threads.iter().zip(before) {
+        // 30 ticks would be all of the time; other tests' threads have the same name and work a little.
+        assert!(ticks(thread).saturating_sub(before) < 15, "a thread spins");
+    }
+}
+
+#[test]
+fn a_frame_goes_out_wherever_its_descriptors_divide_it() {
+    let mut s = setup(u64::MAX);
+    let bytes = frame(100);
+    for cut in [1, 5, HEADER, HEADER + 3] {
+        let (a, b) = (s.driver.filled(&bytes[..cut]), s.driver.filled(&bytes[cut..]));
+        s.driver.offer(1, &[a, b], &[]);
+        assert_eq!(s.driver.wait_used(1).1, 0);
+        let mut got = [0; 256];
+        let n = s.network.recv(&mut got).unwrap();
+        assert_eq!(&got[..n], bytes);
+    }
+    assert_eq!(s.counters.tx_bytes.get(), 400);
+}
+
+#[test]
+fn frames_that_are_too_short_or_too_long_are_given_back() {
+    let mut s = setup(u64::MAX);
+    for len in [1, HEADER, HEADER + 13, MAX_FRAME + 1, 1 << 20] {
+        let buffer = s.driver.buffer(len as u32);
+        s.driver.offer(1, &[buffer], &[]);
+        assert_eq!(s.driver.wait_used(1).1, 0);
+    }
+    s.driver.offer(1, &[], &[(0x40_0000, 64)]);
+    s.driver.wait_used(1);
+    wait_for(&s.counters.tx_dropped, 6);
+    s.network.send(&[0; HEADER + 3]).unwrap();
+    wait_for(&s.counters.rx_packets, 0);
+}
+
+#[test]
+fn a_received_frame_says_how_many_buffers_it_has() {
+    let mut s = setup(u64::MAX);
+    let buffers: Vec<_> = (0..8).map(|_| s.driver.buffer(64)).collect();
+    for buffer in &buffers {
+        s.driver.post(0, &[], &[*buffer]);
+    }
+    s.driver.notify(0);
+    s.network.send(&frame(100)).unwrap();
+    assert_eq!(s.driver.wait_used(0).1, 64);
+    assert_eq!(s.driver.wait_used(0).1, 48);
+    let first = s.driver.bytes(buffers[0]);
+    assert_eq!(first[10..12], [2, 0]);
+    assert_eq!([&first[HEADER..], &s.driver.bytes(buffers[1])[..48]].concat(), frame(100)[HEADER..]);
+}
+
+#[test]
+fn the_header_may_be_split_over_descriptors() {
+    let mut s = setup(F_MRG_RXBUF);
+    let parts = [11, 1, 300].map(|len| s.driver.buffer(len));
+    s.driver.offer(0, &[], &parts);
+    s.network.send(&frame(60)).unwrap();
+    assert_eq!(s.driver.wait_used(0).1, 72);
+    assert_eq!((s.driver.bytes(parts[0])[10], s.driver.bytes(parts[1])[0]), (1, 0));
+    assert_eq!(s.driver.bytes(parts[2])[..60], frame(60)[HEADER..]);
+}
+
+#[test]
+fn a_frame_waits_for_the_rest_of_its_buffers() {
+    let mut s = setup(u64::MAX);
+    let a = s.driver.buffer(64);
+    s.driver.offer(0, &[], &[a]);
+    s.network.send(&frame(100)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(s.driver.try_used(0), None);
+    assert_idle();
+    let b = s.driver.buffer(64);
+    s.driver.offer(0, &[], &[b]);
+    assert_eq!((s.driver.wait_used(0).1, s.driver.wait_used(0).1), (64, 48));
+    assert_eq!(s.driver.bytes(b)[..48], frame(100)[64..]);
+}
+
+#[test]
+fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
+    let mut s = setup(0);
+    let buffer = s.driver.buffer(128);
+    s.driver.offer(0, &[], &[buffer]);
+    s.network.send(&frame(200)).unwrap();
+    wait_for(&s.counters.rx_dropped, 1);
+    s.network.send(&frame(13)).unwrap();
+    wait_for(&s.counters.rx_dropped, 2);
+    s.network.send(&frame(60)).unwrap();
+    assert_eq!(s.driver.wait_used(0).1, 72);
+    assert_eq!(s.driver.bytes(buffer)[10..12], [1, 0]);
+}
+
+#[test]
+fn a_full_ring_that_is_filled_again_resumes() {
+    let mut s = setup(u64::MAX);
+    for round in 0..50 {
+        // More frames than buffers: those left wait on the host, and nobody spins.
+        for _ in 0..3 {
+            s.network.send(&frame(60)).unwrap();
+        }
+        if round == 0 {
+            std::thread::sleep(Duration::from_millis(20));
+            assert_idle();
+        }
+        for _ in 0..3 {
+            let buffer = (0x40_0000, 128);
+            s.driver.offer(0, &[], &[buffer]);
+            assert_eq!(s.driver.wait_used(0).1, 72, "round {round}");
+        }
+    }
+}
+
+#[test]
+fn a_backend_without_room_is_waited_for() {
+    let mut s = setup(u64::MAX);
+    let bytes = frame(1000);
+    let buffer = s.driver.filled(&bytes);
+    let mut sent = 0;
+    // Until the socket is full, and 16 more.
+    for _ in 0..2000 {
+        s.driver.offer(1, &[buffer], &[]);
+        sent += 1;
+        let begin = std::time::Instant::now();
+        let mut done = false;
+        while !done && begin.elapsed() < Duration::from_millis(500) {
+            done = s.driver.try_used(1).is_some();
+        }
+        if !done {
+            break;
+        }
+    }
+    assert!(sent < 2000, "the socket is never full");
+    assert_idle();
+    let mut got = [0; 2000];
+    for _ in 0..sent {
+        assert_eq!(s.network.recv(&mut got).unwrap(), bytes.len());
+    }
+    s.driver.wait_used(1);
+}
+
+#[test]
+fn errors_of_one_frame_are_counted_and_no_end() {
+    let mut s = setup(u64::MAX);
+    let buffer = s.driver.filled(&frame(60));
+    for (n, errno) in [libc::EIO, libc::ENOBUFS, libc::EINVAL, libc::ENOMEM].into_iter().enumerate() {
+        s.error.store(errno as u64, Ordering::SeqCst);
+        s.driver.offer(1, &[buffer], &[]);
+        s.driver.wait_used(1);
+        wait_for(&s.counters.tx_errors, n as u64 + 1);
+    }
+    s.error.store(0, Ordering::SeqCst);
+    s.driver.offer(1, &[buffer], &[]);
+    s.driver.wait_used(1);
+    assert_eq!(s.counters.tx_packets.get(), 1);
+}
+
+/// The link's state in the configuration space, at 0x100 + 6.
+fn link(driver: &mut Driver) -> u32 {
+    driver.read(0x104) >> 16
+}
+
+#[test]
+fn a_tap_that_vanishes_takes_the_link_down() {
+    for (errno, by_sending) in [(libc::EBADFD, true), (libc::EBADFD, false), (libc::EIO, false)] {
+        let mut s = setup(u64::MAX);
+        assert_eq!(link(&mut s.driver), 1);
+        s.error.store(errno as u64, Ordering::SeqCst);
+        let buffer = s.driver.filled(&frame(60));
+        if by_sending {
+            s.driver.offer(1, &[buffer], &[]);
+            s.driver.wait_used(1);
+        } else {
+            s.driver.offer(0, &[], &[(0x80_0000, 2000)]);
+            s.network.send(&frame(60)).unwrap();
+        }
+        s.driver.wait("the link stays up", |d| (link(d) == 0).then_some(()));
+        assert_eq!(s.driver.read(0x60) & 2, 2, "no configuration interrupt");
+        // What is sent goes nowhere, and comes back.
+        s.driver.offer(1, &[buffer], &[]);
+        s.driver.wait_used(1);
+        assert_idle();
+        s.driver.write(0x70, 0);
+        assert_eq!(s.driver.read(0x70), 0);
+    }
+}
+
+#[test]
+fn offloads_are_those_accepted_and_end_with_a_reset() {
+    let mut s = setup(F_GUEST_CSUM | F_MRG_RXBUF);
+    s.driver.write(0x70, 0);
+    let accepted = s.accepted.lock().unwrap().clone();
+    assert_eq!(accepted, [F_GUEST_CSUM | F_MRG_RXBUF | F_VERSION_1, 0]);
+}
+
+#[test]
+fn a_reset_while_frames_come_and_a_new_driver() {
+    let mut s = setup(u64::MAX);
+    s.driver.post(0, &[], &[(0x80_0000, 2000)]);
+    s.driver.post(0, &[], &[(0x80_1000, 2000)]);
+    s.driver.notify(0);
+    s.network.send(&frame(60)).unwrap();
+    s.driver.wait_used(0);
+    s.driver.write(0x70, 0);
+    s.network.send(&frame(60)).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(s.driver.try_used(0), None, "a frame came into the old ring");
+}
+
+/// Sets queues up again, and starts; says which status the device has then.
+fn start_again(driver: &mut Driver) -> u32 {
+    driver.negotiate(u64::MAX);
+    driver.restart_queues(&[16, 16]);
+    driver.write(0x70, 15);
+    driver.read(0x70)
+}
+
+#[track_caller]
+fn assert_receives(s: &mut Setup) {
+    let buffer = s.driver.buffer(2000);
+    s.driver.offer(0, &[], &[buffer]);
+    s.network.send(&frame(60)).unwrap();
+    assert_eq!(s.driver.wait_used(0).1, 72);
+}
+
+#[test]
+fn a_card_whose_thread_cannot_start_keeps_its_tap() {
+    let mut s = setup(u64::MAX);
+    s.unwaitable.store(true, Ordering::SeqCst);
+    s.driver.write(0x70, 0);
+    assert_eq!(start_again(&mut s.driver) & 64, 64, "the device started");
+    s.unwaitable.store(false, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_receives(&mut s);
+}
+
+#[test]
+fn a_tap_that_refuses_offloads_is_kept_and_one_that_is_gone_is_no_link() {
+    let mut s = setup(u64::MAX);
+    s.driver.write(0x70, 0);
+    s.error.store(libc::EINVAL as u64, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver) & 64, 64, "the device started");
+    s.error.store(0, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_receives(&mut s);
+    s.driver.write(0x70, 0);
+    s.error.store(libc::EBADFD as u64, Ordering::SeqCst);
+    assert_eq!(start_again(&mut s.driver), 15);
+    assert_eq!(link(&mut s.driver), 0);
+}
+
+#[test]
+fn a_hostile_driver_stops_its_own_card_alone() {
+    // Buffers without room for a header, and buffers to read in the receive queue.
+    for (readable, writable) in
+        [(vec![], vec![(0x40_0000, 11)]), (vec![(0x40_0000, 64)], vec![(0x41_0000, 64)])]
+    {
+        let mut s = setup(u64::MAX);
+        s.driver.offer(0, &readable, &writable);
+        s.driver.wait_needs_reset();
+        s.network.send(&frame(60)).unwrap();
+        assert_idle();
+    }
+    // A loop, and an address outside of memory.
+    for (buffer, flags, next) in [((0x40_0000, 64), 1, 0), ((0xffff_ffff_ffff_f000, 0x2000), 0, 0)] {
+        let mut s = setup(u64::MAX);
+        s.driver.descriptor(1, 0, buffer, flags, next);
+        s.driver.make_available(1, 0);
+        s.driver.notify(1);
+        s.driver.wait_needs_reset();
+        s.driver.write(0x70, 0);
+        assert_eq!(s.driver.read(0x70), 0);
+    }
+}
+
+#[test]
+fn the_configuration_space_ends() {
+    let mut s = setup(u64::MAX);
+    assert_eq!(s.driver.read(0x100), u32::from_le_bytes([2, 0, 0, 0]));
+    assert_eq!(s.driver.read(0x104), u32::from_le_bytes([0, 1, 1, 0]));
+    assert_eq!(s.driver.read(0x10c), 0);
+    s.driver.write(0x100, 0xffff_ffff);
+    assert_eq!(s.driver.read(0x100), 2);
+}
+
+fn user() -> (Driver, UnixStream) {
+    let (ours, passt) = UnixStream::pair().unwrap();
+    passt.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let backend = Passt::over(ours).unwrap();
+    (Driver::start(Box::new(card(Box::new(backend), None)), &[16, 16]), passt)
+}
+
+#[test]
+fn user_mode_frames_have_their_length_in_front() {
+    let (mut driver, mut passt) = user();
+    let buffer = driver.filled(&frame(60));
+    driver.offer(1, &[buffer], &[]);
+    let mut got = [0; 64];
+    passt.read_exact(&mut got).unwrap();
+    assert_eq!(got[..4], 60u32.to_be_bytes());
+    assert_eq!(got[4..], frame(60)[HEADER..]);
+    let room = driver.buffer(2000);
+    driver.offer(0, &[], &[room]);
+    driver.offer(0, &[], &[room]);
+    // Byte by byte.
+    for byte in got {
+        passt.write_all(&[byte]).unwrap();
+    }
+    assert_eq!(driver.wait_used(0).1, 72);
+    assert_eq!(driver.bytes(room)[HEADER..72], frame(60)[HEADER..]);
+    assert_eq!(driver.bytes(room)[10..12], [1, 0]);
+}
+
+#[test]
+fn user_mode_waits_for_a_slow_passt() {
+    let (mut driver, mut passt) = user();
+    let buffer = driver.filled(&frame(60000));
+    for _ in 0..16 {
+        driver.post(1, &[buffer], &[]);
+    }
+    driver.notify(1);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_idle();
+    for _ in 0..16 {
+        let mut got = vec![0; 60004];
+        passt.read_exact(&mut got).unwrap();
+        assert_eq!(got[..4], 60000u32.to_be_bytes());
+        assert!(got[4..] == frame(60000)[HEADER..]);
+    }
+    for _ in 0..16 {
+        driver.wait_used(1);
+    }
+}
+
+#[test]
+fn a_passt_that_ends_takes_the_link_down() {
+    for last_words in [&[][..], &[0xff; 8], &[0, 0, 0, 60, 1]] {
+        let (mut driver, mut passt) = user();
+        driver.offer(0, &[], &[(0x80_0000, 2000)]);
+        passt.write_all(last_words).unwrap();
+        drop(passt);
+        driver.wait("the link stays up", |d| (link(d) == 0).then_some(()));
+        assert_idle();
+    }
+}
+
+#[test]
+fn a_rate_limit_holds_in_both_directions_without_spinning() {
+    let mut s = setup_with(u64::MAX, Some(20));
+    let begin = std::time::Instant::now();
+    let (out, room) = (s.driver.filled(&frame(60)), s.driver.buffer(2000));
+    for _ in 0..12 {
+        s.driver.post(1, &[out], &[]);
+        s.driver.post(0, &[], &[room]);
+    }
+    s.driver.notify(1);
+    s.driver.notify(0);
+    for _ in 0..9 {
+        s.network.send(&frame(60)).unwrap();
+    }
+    assert_idle();
+    for _ in 0..12 {
+        s.driver.wait_used(1);
+    }
+    for _ in 0..9 {
+        assert_eq!(s.driver.wait_used(0).1, 72);
+    }
+    // A tenth of a second's worth, two, goes through at once.
+    assert!(begin.elapsed() >= Duration::from_millis(490), "{:?}", begin.elapsed());
+    assert!(s.counters.throttled.get() > 5);
+}
+
+#[test]
+fn a_reset_does_not_end_a_rate_limit() {
+    // One frame in two seconds: the bucket's first one passes at once.
+    let mut s = setup_with(u64::MAX, Some(1));
+    let buffer = s.driver.filled(&frame(60));
+    s.driver.offer(1, &[buffer], &[]);
+    s.driver.wait_used(1);
+    for _ in 0..5 {
+        s.driver.write(0x70, 0);
+        assert_eq!(start_again(&mut s.driver), 15);
+        s.driver.offer(1, &[buffer], &[]);
+    }
+    assert_eq!(s.counters.tx_packets.get(), 1);
+    // And it ends by itself, though it began with another driver.
+    s.driver.wait_used(1);
+    assert_eq!(s.counters.tx_packets.get(), 2);
+}
+
+#[test]
+fn the_control_socket_shows_address_and_link() {
+    let net = card(Box::new(Passt::over(UnixStream::pair().unwrap().0).unwrap()), None);
+    let control = net.control();
+    assert_eq!((control.id(), control.kind()), ("net0", "net"));
+    let state = control.describe();
+    assert_eq!((&state["mac"], &state["link"]), (&"02:00:00:00:00:01".into(), &"up".into()));
+}
+
+/// A card of two pairs of queues, its driver, the network's sides, and what the second tap was told.
+struct Pairs {
+    driver: Driver,
+    networks: [UnixDatagram; 2],
+    counters: NetCounters,
+    switched: Arc<Mutex<Vec<bool>>>,
+}
+
+/// The queue for commands behind two pairs.
+const COMMANDS: usize = 4;
+
+fn pairs(queues: usize, features: u64, iops: Option<u64>) -> Pairs {
+    let ((first, network), (second, other_network)) = (fake_tap(), fake_tap());
+    let switched = second.switched.clone();
+    let net = card_of(vec![Box::new(first), Box::new(second)], iops);
+    let counters = net.shared.counters.clone();
+    let driver = Driver::start_with(Box::new(net), &vec![16; queues], features);
+    Pairs { driver, networks: [network, other_network], counters, switched }
+}
+
+impl Pairs {
+    /// Gives a command, and returns the answer.
+    fn command(&mut self, queue: usize, bytes: &[u8]) -> u8 {
+        let (command, answer) = (self.driver.filled(bytes), self.driver.buffer(1));
+        self.driver.offer(queue, &[command], &[answer]);
+        assert_eq!(self.driver.wait_used(queue).1, 1);
+        self.driver.bytes(answer)[0]
+    }
+}
+
+#[test]
+fn a_pair_is_off_until_the_driver_says_so() {
+    let mut p = pairs(5, u64::MAX, None);
+    assert_eq!(p.driver.read(0x108) & 0xffff, 2, "the number of pairs");
+    for _ in 0..4 {
+        p.driver.post(2, &[], &[(0x80_0000, 2000)]);
+    }
+    p.driver.notify(2);
+    p.networks[1].send(&frame(60)).unwrap();
+    let buffer = p.driver.filled(&frame(60));
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait_used(3);
+    assert_eq!((p.driver.try_used(2), p.counters.tx_dropped.get()), (None, 1));
+    assert_idle();
+
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    // On at once for what is sent, and soon for what is received.
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait_used(3);
+    assert_eq!(p.networks[1].recv(&mut [0; 256]).unwrap(), HEADER + 60);
+    assert_eq!(p.driver.wait_used(2).1, 72);
+
+    assert_eq!(p.command(COMMANDS, &[4, 0, 1, 0]), 0);
+    p.networks[1].send(&frame(60)).unwrap();
+    assert_idle();
+    assert_eq!(p.driver.try_used(2), None, "a frame came to a pair that is off");
+    p.driver.offer(0, &[], &[(0x80_0000, 2000)]);
+    p.networks[0].send(&frame(60)).unwrap();
+    assert_eq!(p.driver.wait_used(0).1, 72);
+    assert_eq!(*p.switched.lock().unwrap(), [true, false]);
+}
+
+#[test]
+fn a_reset_turns_pairs_off() {
+    let mut p = pairs(5, u64::MAX, None);
+    for _ in 0..2 {
+        assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+        p.driver.offer(2, &[], &[(0x80_0000, 2000)]);
+        p.networks[1].send(&frame(60)).unwrap();
+        p.driver.wait_used(2);
+        p.driver.restart(&[16; 5]);
+    }
+    assert_eq!(*p.switched.lock().unwrap(), [true, false, true, false]);
+}
+
+#[test]
+fn commands_that_are_none_are_refused() {
+    let mut p = pairs(5, u64::MAX, None);
+    let commands: [&[u8]; 10] = [
+        &[4, 0, 0, 0],
+        &[4, 0, 3, 0],
+        &[4, 0, 0xff, 0xff],
+        &[4, 0, 2],
+        &[4, 0, 2, 0, 0],
+        &[4],
+        &[4, 1, 2, 0],
+        &[0, 0, 1, 0],
+        &[1, 1, 2, 0, 0, 0, 0, 1],
+        &[0xff; 300],
+    ];
+    for command in commands {
+        assert_eq!(p.command(COMMANDS, command), 1, "{command:?}");
+    }
+    // No room for an answer, and nothing but room.
+    let command = p.driver.filled(&[4, 0, 2, 0]);
+    p.driver.offer(COMMANDS, &[command], &[]);
+    assert_eq!(p.driver.wait_used(COMMANDS).1, 0);
+    let answer = p.driver.buffer(100);
+    p.driver.offer(COMMANDS, &[], &[answer]);
+    assert_eq!((p.driver.wait_used(COMMANDS).1, p.driver.bytes(answer)[0]), (1, 1));
+    assert!(p.switched.lock().unwrap().is_empty());
+    // Wherever descriptors divide it.
+    let (a, b) = (p.driver.filled(&[4]), p.driver.filled(&[0, 2, 0]));
+    p.driver.offer(COMMANDS, &[a, b], &[answer]);
+    assert_eq!((p.driver.wait_used(COMMANDS).1, p.driver.bytes(answer)[0]), (1, 0));
+}
+
+/// The queue for commands stands behind the pairs that the driver knows of.
+#[test]
+fn without_pairs_commands_come_third() {
+    let mut p = pairs(3, F_CTRL_VQ, None);
+    assert_eq!(p.command(2, &[4, 0, 2, 0]), 1);
+    assert_eq!(p.command(2, &[4, 0, 1, 0]), 0);
+    // And without such a queue, or with pairs that were not set up, the card works.
+    drop(pairs(2, 0, None));
+    drop(pairs(2, u64::MAX, None));
+}
+
+#[test]
+fn pairs_share_the_limit_of_the_card() {
+    let mut p = pairs(5, u64::MAX, Some(1));
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    let buffer = p.driver.filled(&frame(60));
+    p.driver.offer(1, &[buffer], &[]);
+    p.driver.wait_used(1);
+    p.driver.offer(3, &[buffer], &[]);
+    p.driver.wait("nobody waits for the limit", |_| (p.counters.throttled.get() > 0).then_some(()));
+    assert_eq!(p.counters.tx_packets.get(), 1);
+    p.driver.wait_used(3);
+}
