@@ -317,7 +317,8 @@ fn a_paused_vm_can_be_ended_in_every_way() {
     vm.set_state("paused");
     Command::new("kill").arg(vm.child.id().to_string()).status().unwrap();
     assert_eq!(vm.status(), Some(143));
-    let mut vm = station.start("b", &[print("u"), SPIN.to_vec()].concat(), &["--timeout", "1s"]);
+    // Long enough for a slow host to come to the guest's letter.
+    let mut vm = station.start("b", &[print("u"), SPIN.to_vec()].concat(), &["--timeout", "6s"]);
     vm.set_state("paused");
     assert_eq!(vm.status(), Some(124), "the time limit goes on while a VM is paused");
     let mut vm = station.idle("c");
