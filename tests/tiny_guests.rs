@@ -355,3 +355,27 @@ fn a_guest_that_babbles_harms_only_itself() {
         assert!(text.lines().count() <= 2, "the guest fills the log: {text}");
     }
 }
+
+/// `mov dword [address], value`
+fn store(address: u32, value: u32) -> Vec<u8> {
+    [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+#[test]
+fn a_driver_that_goes_wrong_after_each_reset_does_not_fill_the_log() {
+    // The entropy source, whose queue gets a descriptor table that is not aligned.
+    const RNG: u32 = 0xe000_0000;
+    let start = [
+        [(0x70, 0), (0x70, 1), (0x70, 3)],
+        [(0x24, 1), (0x20, 1), (0x70, 11)],
+        [(0x38, 16), (0x80, 0x30_0001), (0x90, 0x30_1000)],
+        [(0xa0, 0x30_2000), (0x44, 1), (0x70, 15)],
+    ];
+    let mut code: Vec<u8> = start.iter().flatten().flat_map(|(at, value)| store(RNG + at, *value)).collect();
+    // jmp to the start
+    let back = -(code.len() as i32 + 5);
+    code.extend([&[0xe9][..], &back.to_le_bytes()].concat());
+    let output = Host::new().boot_code(&code, &["-v", "--timeout", "1s"]);
+    let lines = stderr(&output).lines().filter(|line| line.contains("is not aligned")).count();
+    assert!((1..=10).contains(&lines), "{lines} lines");
+}

@@ -214,7 +214,8 @@ impl Transport {
     }
 
     fn refuse(&self, error: &ActivateError) {
-        if matches!(error, ActivateError::Host(_) | ActivateError::Thread(_)) {
+        let by_host = matches!(error, ActivateError::Host(_) | ActivateError::Thread(_));
+        if by_host && self.interrupt.may_complain() {
             log::warn!("{}: cannot start: {error}", self.name());
         }
         self.interrupt.needs_reset(self.name(), error);
