@@ -421,6 +421,19 @@ fn limits_change_while_a_request_waits() {
 }
 
 #[test]
+fn zeros_are_bytes_to_a_limit() {
+    // Where the file system has no better way they are written, and without this a guest would write as fast as it likes.
+    for flags in [0, 1] {
+        let mut rig = rig_with(",bandwidth=20K", u64::MAX);
+        assert_eq!(rig.status(13, 0, &range(0, 16, flags), 0), OK);
+        let begin = Instant::now();
+        assert_eq!(rig.status(0, 0, &[], 512), OK);
+        // 8 KiB were taken, of which 2 KiB were there.
+        assert!(begin.elapsed() >= Duration::from_millis(250), "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
 fn a_throttled_disk_is_reset_at_once() {
     let mut rig = rig(",iops=1");
     rig.status(0, 0, &[], 512);
