@@ -419,6 +419,27 @@ fn a_disk_that_another_vm_has() {
 }
 
 #[test]
+fn a_disk_is_not_emptied_for_an_output() {
+    let host = Host::new();
+    let disk = host.file("disk", &[7; 512]);
+    let kernel = host.kernel(&power_off());
+    for options in ["", ",readonly"] {
+        let disk = format!("disk{options}");
+        let serial = host.boot(&kernel, &["--disk", &disk, "--serial", "file=disk"]).output().unwrap();
+        assert_fails(&serial, 1, &["--serial file=disk", "disk"]);
+        let metrics = host.boot(&kernel, &["--disk", &disk, "--metrics", "disk"]).output().unwrap();
+        assert_fails(&metrics, 1, &["--metrics disk", "disk"]);
+    }
+    // Nor is another VM's.
+    let other = File::open(&disk).unwrap();
+    rustix::fs::flock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for flags in [["--serial", "file=disk"], ["--metrics", "disk"]] {
+        assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["disk", "locked"]);
+    }
+    assert_eq!(std::fs::read(disk).unwrap(), [7; 512]);
+}
+
+#[test]
 fn disk_options_that_are_none() {
     let host = Host::new();
     host.file("disk", &[0; 512]);
