@@ -419,6 +419,22 @@ fn a_disk_that_another_vm_has() {
 }
 
 #[test]
+fn a_boot_file_is_no_disk_to_write() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    host.file("initrd", &[7; 512]);
+    for file in ["vmlinux", "initrd"] {
+        let boot = |options| {
+            host.boot(&kernel, &["--initrd", "initrd", "--disk", &format!("{file}{options}")])
+                .output()
+                .unwrap()
+        };
+        assert_fails(&boot(""), 1, &[&format!("--disk {file}"), "kernel or the initramfs", ",readonly"]);
+        assert_eq!(boot(",readonly").status.code(), Some(0));
+    }
+}
+
+#[test]
 fn a_disk_is_not_emptied_for_an_output() {
     let host = Host::new();
     let disk = host.file("disk", &[7; 512]);
