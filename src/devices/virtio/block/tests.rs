@@ -531,6 +531,24 @@ fn one_image_has_one_writer() {
 }
 
 #[test]
+fn a_lock_that_goes_soon_is_waited_for() {
+    let file = image(4096);
+    let open = |options: &str| Block::open(&config(&file, options), 0, 1, &Registry::default());
+    for options in ["", ",readonly"] {
+        // As the last operations of a killed VM do.
+        let holder = open("").unwrap();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(holder);
+        });
+        let block = open(options).unwrap();
+        assert!(ends.is_finished() || ends.join().is_ok());
+        assert!(open("").is_err(), "no lock was taken");
+        drop(block);
+    }
+}
+
+#[test]
 fn an_odd_end_is_left_alone() {
     let file = image(1000);
     let block = Block::open(&config(&file, ""), 0, 1, &Registry::default()).unwrap();
