@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -35,6 +36,9 @@ pub enum ClientError {
         /// Its socket.
         path: PathBuf,
     },
+    /// A file of another kind, which must not be taken for something that a VM left behind.
+    #[error("{0} is no socket: give a VM's name, or the path of its control socket")]
+    NotASocket(PathBuf),
     /// Another error of the socket.
     #[error("VM {name} cannot be asked through {path}")]
     Socket {
@@ -75,6 +79,7 @@ impl Client {
         match open(&path) {
             Ok(stream) => Ok(Self { name: name.into(), path, stream }),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => Err(ClientError::NoVm(name.into())),
+            Err(Errno::CONNREFUSED) if !is_socket(&path) => Err(ClientError::NotASocket(path)),
             Err(Errno::CONNREFUSED) => Err(ClientError::Dead { name: name.into(), path }),
             Err(e) => Err(ClientError::Socket { name: name.into(), path, source: e.into() }),
         }
@@ -144,6 +149,10 @@ impl Client {
         }
         Ok(answer)
     }
+}
+
+fn is_socket(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Whether a process listens on the socket at `path`. One that is there and cannot be asked counts as alive.
