@@ -7,7 +7,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use common::{Host, Protocol, SPIN, elf, power_off, print, stderr};
 
@@ -393,10 +393,21 @@ fn a_disk_that_cannot_be_opened() {
     std::fs::set_permissions(host.dir.path(), Permissions::from_mode(0o755)).unwrap();
     let run = |options: &str| {
         let mut command = host.boot(&kernel, &["--disk", &format!("disk{options}")]);
-        if rustix::process::geteuid().is_root() {
-            command.uid(65534);
+        if !rustix::process::geteuid().is_root() {
+            return command.output().unwrap();
         }
-        command.output().unwrap()
+        // Nor may they come to a program in root's home.
+        let program = host.dir.path().join("microvm");
+        // By another process: a file that is open for writing in a child of another test cannot be run.
+        assert!(Command::new("cp").arg(command.get_program()).arg(&program).status().unwrap().success());
+        let mut other = Command::new(program);
+        other
+            .args(command.get_args())
+            .current_dir(&host.dir)
+            .stdin(Stdio::null())
+            .uid(65534)
+            .output()
+            .unwrap()
     };
     assert_fails(&run(""), 1, &["--disk disk", "cannot be written to", ",readonly"]);
     std::fs::set_permissions(&disk, Permissions::from_mode(0o000)).unwrap();
@@ -416,6 +427,43 @@ fn a_disk_that_another_vm_has() {
     let kernel = host.kernel(&power_off());
     let twice = host.boot(&kernel, &["--disk", "disk", "--disk", "disk,id=again"]).output().unwrap();
     assert_fails(&twice, 1, &["--disk disk", "twice"]);
+}
+
+#[test]
+fn a_boot_file_is_no_disk_to_write() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    host.file("initrd", &[7; 512]);
+    for file in ["vmlinux", "initrd"] {
+        let boot = |options| {
+            host.boot(&kernel, &["--initrd", "initrd", "--disk", &format!("{file}{options}")])
+                .output()
+                .unwrap()
+        };
+        assert_fails(&boot(""), 1, &[&format!("--disk {file}"), "kernel or the initramfs", ",readonly"]);
+        assert_eq!(boot(",readonly").status.code(), Some(0));
+    }
+}
+
+#[test]
+fn a_disk_is_not_emptied_for_an_output() {
+    let host = Host::new();
+    let disk = host.file("disk", &[7; 512]);
+    let kernel = host.kernel(&power_off());
+    for options in ["", ",readonly"] {
+        let disk = format!("disk{options}");
+        let serial = host.boot(&kernel, &["--disk", &disk, "--serial", "file=disk"]).output().unwrap();
+        assert_fails(&serial, 1, &["--serial file=disk", "disk"]);
+        let metrics = host.boot(&kernel, &["--disk", &disk, "--metrics", "disk"]).output().unwrap();
+        assert_fails(&metrics, 1, &["--metrics disk", "disk"]);
+    }
+    // Nor is another VM's.
+    let other = File::open(&disk).unwrap();
+    rustix::fs::flock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for flags in [["--serial", "file=disk"], ["--metrics", "disk"]] {
+        assert_fails(&host.boot(&kernel, &flags).output().unwrap(), 1, &["disk", "locked"]);
+    }
+    assert_eq!(std::fs::read(disk).unwrap(), [7; 512]);
 }
 
 #[test]

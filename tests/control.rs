@@ -496,6 +496,10 @@ fn bad_names_and_unknown_ones() {
         assert_fails(&output, 2, &["--name"]);
     }
     assert_fails(&station.run(&["ctl", "nobody", "state"]), 1, &["no VM nobody", "microvm ps"]);
+    // Not what a dead VM left behind, which one might remove.
+    station.host.file("disk.img", b"precious");
+    assert_fails(&station.run(&["ctl", "./disk.img", "state"]), 1, &["./disk.img is no socket"]);
+    assert_fails(&station.run(&["ctl", "/", "state"]), 1, &["/ is no socket"]);
     assert_fails(&station.run(&["ctl", "./nobody.sock", "stop"]), 1, &["nobody.sock"]);
     let vm = station.idle("a");
     for (args, word) in [

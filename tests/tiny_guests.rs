@@ -355,3 +355,59 @@ fn a_guest_that_babbles_harms_only_itself() {
         assert!(text.lines().count() <= 2, "the guest fills the log: {text}");
     }
 }
+
+/// `mov dword [address], value`
+fn store(address: u32, value: u32) -> Vec<u8> {
+    [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+/// Resets the virtio device at `base` and starts it with one queue of 16 descriptors at `table`, over and over.
+fn restart_for_ever(base: u32, table: u32) -> Vec<u8> {
+    let start = [
+        [(0x70, 0), (0x70, 1), (0x70, 3)],
+        [(0x24, 1), (0x20, 1), (0x70, 11)],
+        [(0x38, 16), (0x80, table), (0x90, 0x30_1000)],
+        [(0xa0, 0x30_2000), (0x44, 1), (0x70, 15)],
+    ];
+    let mut code: Vec<u8> = start.iter().flatten().flat_map(|(at, value)| store(base + at, *value)).collect();
+    // jmp to the start
+    let back = -(code.len() as i32 + 5);
+    code.extend([&[0xe9][..], &back.to_le_bytes()].concat());
+    code
+}
+
+/// The entropy source, and the disk behind it.
+const RNG: u32 = 0xe000_0000;
+const DISK: u32 = 0xe000_1000;
+
+#[test]
+fn a_driver_that_goes_wrong_after_each_reset_does_not_fill_the_log() {
+    // The descriptor table is not aligned.
+    let code = restart_for_ever(RNG, 0x30_0001);
+    let output = Host::new().boot_code(&code, &["-v", "--timeout", "1s"]);
+    let lines = stderr(&output).lines().filter(|line| line.contains("is not aligned")).count();
+    assert!((1..=10).contains(&lines), "{lines} lines");
+}
+
+#[test]
+fn a_host_short_of_descriptors_for_a_while_does_not_end_the_vm() {
+    let host = Host::new();
+    host.file("disk", &[0; 4096]);
+    let code = [print("up\n"), restart_for_ever(DISK, 0x30_0000)].concat();
+    let mut child = host
+        .boot(&host.kernel(&code), &["--disk", "disk", "--timeout", "3s"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+    // All numbers below are in use: no descriptor is left, and soon there are enough again.
+    for limit in ["3:", "1024:"] {
+        let pid = child.id().to_string();
+        let mut set = std::process::Command::new("prlimit");
+        assert!(set.args(["--pid", &pid, &format!("--nofile={limit}")]).status().unwrap().success());
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(124), "{}", stderr(&output));
+}

@@ -2,9 +2,10 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -15,9 +16,11 @@ use serde_json::Value;
 use thiserror::Error;
 
 /// Longer than a VM takes for the slowest request.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Far more than the counters of any VM.
-const MAX_ANSWER: u64 = 16 << 20;
+const MAX_ANSWER: usize = 16 << 20;
+/// Read at once.
+const CHUNK: usize = 16 << 10;
 
 /// A VM that cannot be asked, or that refused.
 #[derive(Debug, Error)]
@@ -33,6 +36,9 @@ pub enum ClientError {
         /// Its socket.
         path: PathBuf,
     },
+    /// A file of another kind, which must not be taken for something that a VM left behind.
+    #[error("{0} is no socket: give a VM's name, or the path of its control socket")]
+    NotASocket(PathBuf),
     /// Another error of the socket.
     #[error("VM {name} cannot be asked through {path}")]
     Socket {
@@ -73,6 +79,7 @@ impl Client {
         match open(&path) {
             Ok(stream) => Ok(Self { name: name.into(), path, stream }),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => Err(ClientError::NoVm(name.into())),
+            Err(Errno::CONNREFUSED) if !is_socket(&path) => Err(ClientError::NotASocket(path)),
             Err(Errno::CONNREFUSED) => Err(ClientError::Dead { name: name.into(), path }),
             Err(e) => Err(ClientError::Socket { name: name.into(), path, source: e.into() }),
         }
@@ -114,19 +121,38 @@ impl Client {
         }
         let message =
             serde_json::from_str(&body).ok().and_then(|v: Value| Some(v["error"].as_str()?.to_string()));
-        Err(ClientError::Refused {
-            name: self.name,
-            message: message.unwrap_or_else(|| format!("status {status}")),
-        })
+        let mut message = message.unwrap_or_else(|| format!("status {status}"));
+        message.retain(|c| !c.is_control());
+        Err(ClientError::Refused { name: self.name, message })
     }
 
     fn exchange(&mut self, request: &[u8]) -> io::Result<Vec<u8>> {
-        self.stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+        let end = Instant::now() + ANSWER_LIMIT;
         self.stream.write_all(request)?;
         let mut answer = Vec::new();
-        (&self.stream).take(MAX_ANSWER).read_to_end(&mut answer)?;
+        let mut chunk = [0; CHUNK];
+        let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no answer in {ANSWER_LIMIT:?}"));
+        while answer.len() < MAX_ANSWER {
+            // For the whole answer: one that comes byte by byte is none.
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(late());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            match self.stream.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(n) => answer.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(late()),
+                Err(e) => return Err(e),
+            }
+        }
         Ok(answer)
     }
+}
+
+fn is_socket(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Whether a process listens on the socket at `path`. One that is there and cannot be asked counts as alive.
@@ -154,5 +180,51 @@ fn split(answer: &[u8]) -> Option<(u16, String)> {
     let mut headers = [httparse::EMPTY_HEADER; 16];
     let mut head = httparse::Response::new(&mut headers);
     let httparse::Status::Complete(len) = head.parse(answer).ok()? else { return None };
-    Some((head.code?, String::from_utf8_lossy(&answer[len..]).into_owned()))
+    let mut body = String::from_utf8_lossy(&answer[len..]).into_owned();
+    // It may end on a terminal. Neither JSON nor Prometheus' text has other control characters as they are.
+    body.retain(|c| matches!(c, '\n' | '\t') || !c.is_control());
+    Some((head.code?, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    /// What a client makes of a server that does this with its connection.
+    fn answer_of(serve: impl FnOnce(UnixStream) + Send + 'static) -> Result<String, ClientError> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            // The request, which comes in one piece.
+            let _ = stream.read(&mut [0; 1024]);
+            serve(stream);
+        });
+        Client::connect("x", path).unwrap().ask("GET", "/vm", None, "*/*")
+    }
+
+    #[test]
+    fn what_a_vm_says_does_nothing_to_a_terminal() {
+        let send = |text: &'static [u8]| answer_of(move |mut stream| stream.write_all(text).unwrap());
+        assert_eq!(send(b"HTTP/1.1 200 OK\r\n\r\na\x1b[2J\tb\n\xc2\x9bc").unwrap(), "a[2J\tb\nc");
+        let refused = send(b"HTTP/1.1 400 No\r\n\r\n{\"error\": \"a\\u001b[2J\\nb\"}").unwrap_err();
+        assert_eq!(refused.to_string(), "VM x: a[2Jb");
+    }
+
+    #[test]
+    fn an_answer_that_never_ends_is_waited_for_as_long_as_one_that_never_comes() {
+        let begin = Instant::now();
+        let drip = |mut stream: UnixStream| {
+            while stream.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        let error = answer_of(drip).unwrap_err();
+        assert!(matches!(error, ClientError::Socket { .. }), "{error}");
+        assert!(begin.elapsed() < ANSWER_LIMIT + Duration::from_secs(2));
+    }
 }

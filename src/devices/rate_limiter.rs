@@ -31,19 +31,14 @@ impl Bucket {
         self.parts = self.parts.saturating_add(added).min(self.capacity);
     }
 
-    /// What must be there for `tokens`. More than the bucket holds is let through by a full one, which then owes the
-    /// rest.
-    fn needed(&self, tokens: u64) -> i128 {
-        Self::parts_of(tokens).min(self.capacity)
-    }
-
     fn parts_of(tokens: u64) -> i128 {
         i128::from(tokens) * SECOND as i128
     }
 
-    /// Nanoseconds until there is enough for `tokens`.
+    /// Nanoseconds until `tokens` may be taken: until there is one. The bucket owes the rest, for which all wait alike:
+    /// who waited for the whole of a large request would wait for ever where others take small ones as they come.
     fn wait(&self, tokens: u64) -> u64 {
-        let missing = self.needed(tokens).saturating_sub(self.parts);
+        let missing = Self::parts_of(tokens.min(1)).saturating_sub(self.parts);
         let missing = u128::try_from(missing).unwrap_or(0);
         u64::try_from(missing.div_ceil(self.rate.into())).unwrap_or(u64::MAX)
     }
@@ -170,6 +165,24 @@ mod tests {
             }
         }
         assert!(limiter.take_at(Duration::MAX, 1, 1).is_ok());
+    }
+
+    #[test]
+    fn a_large_request_is_not_held_up_by_small_ones_for_ever() {
+        // Two queues of one disk: one asks for 4 KiB as soon as there are as many, the other for 1 MiB.
+        let mut limiter = RateLimiter::new(None, Some(1 << 20));
+        let (mut small, mut large) = (Duration::ZERO, Duration::from_millis(200));
+        while small < Duration::from_secs(60) {
+            if large <= small {
+                match limiter.take_at(large, 1, 1 << 20) {
+                    Ok(()) => return,
+                    Err(wait) => large += wait,
+                }
+            } else if let Err(wait) = limiter.take_at(small, 1, 4096) {
+                small += wait;
+            }
+        }
+        panic!("the large one waits after a minute");
     }
 
     proptest! {

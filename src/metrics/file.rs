@@ -3,8 +3,10 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use crate::sys::lock::is_locked;
 
 use super::snapshot::Snapshot;
 
@@ -41,10 +43,14 @@ impl MetricsFile {
     /// Empties it, where it is an ordinary file: the VM starts now.
     ///
     /// # Errors
-    /// The file system refuses.
+    /// The file system refuses, or it is a disk: those of this VM are locked by now, as those of others are.
     pub fn empty(&mut self) -> io::Result<()> {
         self.new = None;
-        if self.file.metadata()?.is_file() { self.file.set_len(0) } else { Ok(()) }
+        let kind = self.file.metadata()?.file_type();
+        if (kind.is_file() || kind.is_block_device()) && is_locked(&self.file) {
+            return Err(io::Error::other("it is a running VM's disk, or another program has locked it"));
+        }
+        if kind.is_file() { self.file.set_len(0) } else { Ok(()) }
     }
 
     /// Writes the schema `microvm.metrics/1`.

@@ -5,6 +5,7 @@ pub mod confinement;
 pub mod event;
 pub mod file_io;
 pub mod guest_iovec;
+pub mod lock;
 pub mod mapping;
 pub mod signals;
 pub mod syscalls;

@@ -11,7 +11,7 @@ use crate::arch::x86_64::image::{self, Image, ImageError, SizedFile};
 use crate::arch::x86_64::layout::INITRD_MAX;
 use crate::arch::x86_64::linux_boot::Initrd;
 use crate::arch::x86_64::memory_map::low_end;
-use crate::config::{KernelConfig, Load, Size};
+use crate::config::{DiskConfig, KernelConfig, Load, Size};
 use crate::vm::host::has_transparent_huge_pages;
 use crate::vm::{LoadError, Loaded, Memory};
 
@@ -61,6 +61,9 @@ pub enum BootFileError {
     /// An empty initramfs.
     #[error("--initrd {0} is empty: leave the flag out, or give an initramfs")]
     EmptyInitrd(PathBuf),
+    /// A disk that the guest would overwrite its kernel by.
+    #[error("--disk {0} is the kernel or the initramfs: give another image, or add ,readonly")]
+    IsDisk(PathBuf),
     /// Loading failed.
     #[error("{flag} {path}")]
     Load {
@@ -110,6 +113,18 @@ impl<'a> BootFiles<'a> {
         let id = |m: &Metadata| (m.dev(), m.ino());
         let files = [Some(&self.kernel), self.initrd.as_ref().map(|(file, ..)| file)];
         files.into_iter().flatten().any(|file| file.metadata().is_ok_and(|m| id(&m) == id(metadata)))
+    }
+
+    /// Checks that none of them is a disk that the guest writes: it is mapped into this VM's memory and into others'.
+    ///
+    /// # Errors
+    /// One is.
+    pub fn check_disks(&self, disks: &[DiskConfig]) -> Result<(), BootFileError> {
+        let is_ours = |disk: &&DiskConfig| disk.path.metadata().is_ok_and(|m| self.contain(&m));
+        match disks.iter().filter(|disk| !disk.readonly).find(is_ours) {
+            Some(disk) => Err(BootFileError::IsDisk(disk.path.clone())),
+            None => Ok(()),
+        }
     }
 
     /// Puts both into guest memory, and says where the initramfs is.

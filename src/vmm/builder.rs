@@ -116,6 +116,7 @@ pub fn build(
     let layers = Layers::find(config.sandbox)?;
     let serial = *config.serial_end() != HostEnd::Null;
     let files = BootFiles::open(&config.kernel)?;
+    files.check_disks(&config.disks)?;
     let mut controls = DeviceControls::default();
     let mut devices = Devices::open(config, &metrics, &mut controls)?;
     let services = devices.take_services();

@@ -10,12 +10,18 @@ const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit: a configuration change.
 const CONFIG_CHANGE: u32 = 2;
 
+/// Lines in the log that a device's drivers get for what they do wrong. Each reset lets a driver go wrong anew, so that
+/// one line each would be as many as the guest likes.
+const COMPLAINTS: u32 = 8;
+
 /// A device's interrupt. Shared by the device's threads and its transport.
 pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
     generation: Mutex<u32>,
     needs_reset: AtomicBool,
+    /// How many lines are left; never filled again.
+    complaints: AtomicU32,
 }
 
 impl Interrupt {
@@ -27,6 +33,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             generation: Mutex::new(0),
             needs_reset: AtomicBool::new(false),
+            complaints: AtomicU32::new(COMPLAINTS),
         }
     }
 
@@ -52,14 +59,22 @@ impl Interrupt {
     }
 
     /// The driver did something that leaves the device without a way on (§2.1.2, `DEVICE_NEEDS_RESET`). Says so in
-    /// the log once, so a guest that does it again and again fills nothing.
+    /// the log while it may.
     pub fn needs_reset(&self, device: &str, reason: &dyn std::error::Error) {
         if !self.needs_reset.swap(true, Ordering::SeqCst) {
-            log::info!(
-                "{device}: the guest's driver broke the rules, and the device waits for its reset: {reason}"
-            );
+            if self.may_complain() {
+                log::info!(
+                    "{device}: the guest's driver broke the rules, and the device waits for its reset: {reason}"
+                );
+            }
             self.config_changed();
         }
+    }
+
+    /// Whether there may be a line in the log about something that the guest can bring about again and again. Takes one
+    /// of those that are left.
+    pub(super) fn may_complain(&self) -> bool {
+        self.complaints.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
     /// Whether it waits for a reset.

@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -21,6 +21,7 @@ use crate::config::HostEnd;
 use crate::devices::legacy::ConsoleOutput;
 use crate::devices::virtio::console::ConsolePort;
 use crate::sandbox::{Confined, Kept, SandboxError, ThreadKind};
+use crate::sys::lock::is_locked;
 use crate::sys::terminal::{self, RawMode};
 use crate::vm::KvmError;
 
@@ -50,6 +51,9 @@ pub enum ConsoleError {
     /// Printing would overwrite what is booted.
     #[error("{0} file={1} is the kernel or the initramfs: give another path")]
     BootFile(&'static str, PathBuf),
+    /// It would be emptied.
+    #[error("{0} file={1} is a running VM's disk, or another program has locked it: give another path")]
+    Locked(&'static str, PathBuf),
     /// A descriptor or a thread.
     #[error("the console cannot be set up")]
     Io(#[from] io::Error),
@@ -194,13 +198,18 @@ fn open_output(flag: &'static str, path: &Path, files: &BootFiles) -> Result<Fil
         Some(libc::ENXIO) => ConsoleError::NoReader(flag, path.into()),
         _ => ConsoleError::File { flag, path: path.into(), source },
     };
-    // Not emptied before it is known to be no boot file. Opening a FIFO that nobody reads fails instead of waiting.
+    // Not emptied before it is known to be no boot file and no disk. Opening a FIFO that nobody reads fails instead of
+    // waiting.
     let mut options = File::options();
     options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
     let file = options.open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if files.contain(&metadata) {
         return Err(ConsoleError::BootFile(flag, path.into()));
+    }
+    let kind = metadata.file_type();
+    if (kind.is_file() || kind.is_block_device()) && is_locked(&file) {
+        return Err(ConsoleError::Locked(flag, path.into()));
     }
     if metadata.is_file() {
         file.set_len(0).map_err(failed)?;

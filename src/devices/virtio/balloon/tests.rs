@@ -113,6 +113,24 @@ fn an_endless_request_asks_for_a_reset() {
 
 /// What is accepted, and the queue that reports come in: one that is left out shifts those behind it.
 #[test]
+fn a_reset_does_not_wait_for_a_queue_full_of_long_requests() {
+    let balloon = balloon("0");
+    let mut driver = Driver::start(Box::new(balloon), &[128; 2]);
+    // No two are neighbours, so each is a system call of its own.
+    let first = (PAGES / PAGE) as u32;
+    let pages: Vec<_> = (0..1 << 16).map(|i| first + 2 * (i % 4096)).collect();
+    let buffer = driver.filled(&numbers(&pages));
+    for _ in 0..128 {
+        driver.post(0, &[buffer], &[]);
+    }
+    driver.notify(0);
+    driver.wait_used(0);
+    let begin = Instant::now();
+    driver.write(0x70, 0);
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+}
+
+#[test]
 fn queues_are_numbered_by_the_accepted_features() {
     for (features, queue) in [(u64::MAX, 3), (!F_STATS, 2)] {
         let (mut driver, _) = start(ALL, features);

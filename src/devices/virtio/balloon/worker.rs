@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
@@ -23,6 +23,9 @@ const TIMER: u64 = 4;
 const BATCH: usize = 256;
 /// Page numbers in one request. One that is as long as a chain may be would keep us for minutes.
 const MAX_PAGES: u32 = 1 << 16;
+/// How long requests are served before other events are looked at: a queue full of the longest takes many seconds, and a
+/// reset, for which the guest's vCPU stands still, waits for it.
+const TURN: Duration = Duration::from_millis(20);
 /// A tag of 16 bits and a value of 64 (§5.5.6.3).
 const STAT_LEN: usize = 10;
 /// Statistics read of one answer; there are 16 tags so far.
@@ -98,7 +101,7 @@ impl BalloonWorker {
     }
 }
 
-/// Serves what is available, at most one queue full, and gives each chain back: the device writes nothing into it.
+/// Serves what is available, at most one queue full and for at most a [`TURN`] and one request, and gives each chain back: the device writes nothing into it.
 fn serve_queue(
     requests: &mut ActiveQueue,
     memory: &GuestMemoryMmap,
@@ -112,12 +115,16 @@ fn serve_queue(
     }
     let queue = &mut requests.queue;
     queue.disable_notify(memory)?;
+    let begin = Instant::now();
     for _ in 0..queue.size() {
         if queue.pop(memory, chain)? {
             handle(chain)?;
             queue.push_used(memory, chain.head(), 0)?;
             if queue.publish(memory)? {
                 interrupt.used_buffer();
+            }
+            if begin.elapsed() > TURN {
+                break;
             }
         } else if !queue.enable_notify(memory)? {
             return Ok(());

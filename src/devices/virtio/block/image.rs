@@ -4,7 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags, fallocate, fcntl_getfl, fcntl_setfl, flock,
@@ -21,6 +23,9 @@ use super::SECTOR;
 
 /// What files are read and written by where the kernel does not tell (Linux before 6.1): a page suits every disk.
 const SAFE_ALIGNMENT: u32 = 4096;
+/// The last operations of a VM that was killed hold the lock on its image some milliseconds longer than there is a
+/// process: io_uring ends them in the background. Whoever starts the VM again at once waits for that.
+const LOCK_LIMIT: Duration = Duration::from_millis(500);
 const DIRECT: i32 = OFlags::DIRECT.bits() as i32;
 const NONBLOCK: i32 = OFlags::NONBLOCK.bits() as i32;
 
@@ -203,14 +208,31 @@ fn open(config: &DiskConfig, flags: i32) -> Result<File, ImageError> {
 /// For writing alone, for reading with others that read. The lock belongs to the open file, so it holds within a
 /// process, too, and ends with it however that ends.
 fn lock(file: &File, config: &DiskConfig) -> Result<(), ImageError> {
-    let operation = match config.readonly {
-        true => FlockOperation::NonBlockingLockShared,
-        false => FlockOperation::NonBlockingLockExclusive,
+    let (at_once, in_time) = match config.readonly {
+        true => (FlockOperation::NonBlockingLockShared, FlockOperation::LockShared),
+        false => (FlockOperation::NonBlockingLockExclusive, FlockOperation::LockExclusive),
     };
-    flock(file, operation).map_err(|e| match e {
-        Errno::WOULDBLOCK => ImageError::Locked(config.path.clone()),
-        other => ImageError::Lock { path: config.path.clone(), source: other.into() },
+    flock(file, at_once).or_else(|e| match e {
+        Errno::WOULDBLOCK if is_locked_in_time(file, in_time) => Ok(()),
+        Errno::WOULDBLOCK => Err(ImageError::Locked(config.path.clone())),
+        other => Err(ImageError::Lock { path: config.path.clone(), source: other.into() }),
     })
+}
+
+/// Waits for a lock as long as one is held by a VM that was killed. A thread does, which nothing but the lock ends:
+/// where it does not come in time, this process is about to end.
+fn is_locked_in_time(file: &File, operation: FlockOperation) -> bool {
+    // The same open file, to which the lock belongs.
+    let Ok(same) = file.try_clone() else { return false };
+    let (sender, locked) = mpsc::channel();
+    let waiter = thread::Builder::new().name("lock".into()).spawn(move || {
+        let result = flock(&same, operation);
+        drop(same);
+        let _ = sender.send(result);
+    });
+    // No thread is left when the process confines itself.
+    let has_lock = |_: &_| locked.recv_timeout(LOCK_LIMIT) == Ok(Ok(()));
+    waiter.ok().filter(has_lock).is_some_and(|waiter| waiter.join().is_ok())
 }
 
 fn check_len(path: &Path, len: u64) -> Result<(), ImageError> {

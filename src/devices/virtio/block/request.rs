@@ -72,10 +72,11 @@ pub enum Request {
 }
 
 impl Request {
-    /// Bytes that are moved, as limits count them.
+    /// Bytes that are moved, as limits count them. Zeros are some: where the file can do no better, they are written.
     pub fn bytes(&self) -> u64 {
         match *self {
             Self::Read { len, .. } | Self::Write { len, .. } => len.into(),
+            Self::WriteZeroes { len, .. } => len,
             _ => 0,
         }
     }

@@ -345,6 +345,42 @@ fn after_a_reset_nothing_completes() {
 }
 
 #[test]
+fn a_reset_does_not_wait_for_a_queue_full_of_long_requests() {
+    const LEN: u32 = 32 << 20;
+    for options in [",engine=uring", ",engine=threads"] {
+        let file = image(512);
+        file.as_file().set_len(LEN.into()).unwrap();
+        let Ok(block) = Block::open(&config(&file, options), 0, 1, &Registry::default()) else { continue };
+        let mut driver = Driver::start(Box::new(block), &[QUEUE_SIZE]);
+        // 254 headers and the same two buffers behind each: 8 GiB in all.
+        let (head, status) = (driver.filled(&header(0, 0)), driver.buffer(1));
+        for i in 0..254 {
+            driver.descriptor(0, i, head, 1, 254);
+            driver.make_available(0, i);
+        }
+        driver.descriptor(0, 254, (0x100_0000, LEN), 3, 255);
+        driver.descriptor(0, 255, status, 2, 0);
+        let begin = Instant::now();
+        driver.notify(0);
+        driver.wait_used(0);
+        driver.write(0x70, 0);
+        assert!(begin.elapsed() < Duration::from_millis(700), "{options}: {:?}", begin.elapsed());
+        // Nor is one forgotten for which there was no room at first.
+        driver.restart(&[QUEUE_SIZE]);
+        for i in 0..4 {
+            driver.descriptor(0, i, head, 1, 254);
+            driver.make_available(0, i);
+        }
+        driver.descriptor(0, 254, (0x100_0000, LEN), 3, 255);
+        driver.descriptor(0, 255, status, 2, 0);
+        driver.notify(0);
+        for _ in 0..4 {
+            assert_eq!(driver.wait_used(0).1, LEN + 1);
+        }
+    }
+}
+
+#[test]
 fn it_starts_again_after_a_reset() {
     for mut rig in rigs() {
         for _ in 0..3 {
@@ -421,6 +457,19 @@ fn limits_change_while_a_request_waits() {
 }
 
 #[test]
+fn zeros_are_bytes_to_a_limit() {
+    // Where the file system has no better way they are written, and without this a guest would write as fast as it likes.
+    for flags in [0, 1] {
+        let mut rig = rig_with(",bandwidth=20K", u64::MAX);
+        assert_eq!(rig.status(13, 0, &range(0, 16, flags), 0), OK);
+        let begin = Instant::now();
+        assert_eq!(rig.status(0, 0, &[], 512), OK);
+        // 8 KiB were taken, of which 2 KiB were there.
+        assert!(begin.elapsed() >= Duration::from_millis(250), "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
 fn a_throttled_disk_is_reset_at_once() {
     let mut rig = rig(",iops=1");
     rig.status(0, 0, &[], 512);
@@ -479,6 +528,24 @@ fn one_image_has_one_writer() {
     assert!(open("").is_err());
     drop(readers);
     open("").unwrap();
+}
+
+#[test]
+fn a_lock_that_goes_soon_is_waited_for() {
+    let file = image(4096);
+    let open = |options: &str| Block::open(&config(&file, options), 0, 1, &Registry::default());
+    for options in ["", ",readonly"] {
+        // As the last operations of a killed VM do.
+        let holder = open("").unwrap();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(holder);
+        });
+        let block = open(options).unwrap();
+        assert!(ends.is_finished() || ends.join().is_ok());
+        assert!(open("").is_err(), "no lock was taken");
+        drop(block);
+    }
 }
 
 #[test]

@@ -25,6 +25,10 @@ const NOTIFIED: u64 = 0;
 const ENDED: u64 = 1;
 const TIME: u64 = 2;
 
+/// Bytes that one queue has under way, or one request's. A reset and a pause wait for all of it: a queue full of the
+/// longest requests, of which each has 4 GiB, would take minutes. No driver is faster with more.
+const MAX_MOVING: u64 = 64 << 20;
+
 /// What all queues of a disk share.
 pub struct Shared {
     /// Its name.
@@ -121,6 +125,10 @@ pub struct BlockWorker {
     /// By the index of their chain.
     pending: Vec<Option<Pending>>,
     in_flight: usize,
+    /// Bytes of those that are in flight.
+    moving: u64,
+    /// A request was put back until there is less of them.
+    crowded: bool,
 }
 
 /// What a worker is made from.
@@ -150,8 +158,21 @@ impl BlockWorker {
         let image = &shared.image;
         let limits = Limits { sectors: image.sectors, readonly: image.readonly, features };
         let pending = (0..queue.queue.size()).map(|_| None).collect();
-        let (chain, in_flight) = (Chain::default(), 0);
-        Self { queue, memory, interrupt, shared, limits, engine, done, timer, chain, pending, in_flight }
+        Self {
+            queue,
+            memory,
+            interrupt,
+            shared,
+            limits,
+            engine,
+            done,
+            timer,
+            chain: Chain::default(),
+            pending,
+            in_flight: 0,
+            moving: 0,
+            crowded: false,
+        }
     }
 
     /// Takes what is there, and gives back what has ended.
@@ -194,7 +215,8 @@ impl BlockWorker {
                 return Ok(true);
             }
         };
-        if !self.may_begin(&request) {
+        self.crowded = self.in_flight > 0 && self.moving.saturating_add(request.bytes()) > MAX_MOVING;
+        if self.crowded || !self.may_begin(&request) {
             self.queue.queue.undo_pop(&self.chain);
             return Ok(false);
         }
@@ -258,8 +280,9 @@ impl BlockWorker {
     ) -> Result<(), QueueError> {
         let is_range = matches!(operation.action, Action::PunchHole(_) | Action::ZeroRange(_));
         let sync_after = is_range && self.is_durable();
-        self.pending[usize::from(operation.tag)] = Some(Pending { request, status, zeros: 0, sync_after });
         self.in_flight += 1;
+        self.moving += request.bytes();
+        self.pending[usize::from(operation.tag)] = Some(Pending { request, status, zeros: 0, sync_after });
         self.push(operation)
     }
 
@@ -346,6 +369,7 @@ impl BlockWorker {
     fn end(&mut self, tag: u16, status: Status) -> Result<(), QueueError> {
         let Some(pending) = self.pending[usize::from(tag)].take() else { return Ok(()) };
         self.in_flight -= 1;
+        self.moving -= pending.request.bytes();
         let written = match (&pending.request, status) {
             (Request::Read { len, .. }, Status::Ok) => *len,
             _ => 0,
@@ -450,7 +474,9 @@ impl Served for BlockWorker {
                 if let Err(e) = self.give_back() {
                     self.interrupt.needs_reset(&self.shared.id, &e);
                 }
-                return;
+                if !std::mem::take(&mut self.crowded) {
+                    return;
+                }
             }
             TIME => self.timer.acknowledge(),
             _ => drop(self.queue.notify.read()),

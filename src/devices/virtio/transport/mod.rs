@@ -214,8 +214,10 @@ impl Transport {
     }
 
     fn refuse(&self, error: &ActivateError) {
-        if matches!(error, ActivateError::Host(_) | ActivateError::Thread(_)) {
-            log::warn!("{}: cannot start: {error}", self.name());
+        let by_host = matches!(error, ActivateError::Host(_) | ActivateError::Thread(_));
+        if by_host && self.interrupt.may_complain() {
+            let reason = std::error::Error::source(error).map(|e| format!(": {e}")).unwrap_or_default();
+            log::warn!("{}: cannot start: {error}{reason}", self.name());
         }
         self.interrupt.needs_reset(self.name(), error);
     }

@@ -67,9 +67,49 @@ impl VmmThreadJobs {
         &self.wake
     }
 
-    /// Does all jobs that wait. What they start is `confined`, too.
+    /// Does the jobs that wait, and none that comes meanwhile: vCPUs that always want something would keep the VMM's
+    /// thread from all else, as the signal that ends them. What they start is `confined`, too.
     pub fn run_all(&self, confined: Confined) {
-        let _ = self.wake.read();
-        self.jobs.try_iter().for_each(|job| job(confined));
+        // Counted once each, after it was sent: so many are there.
+        let count = self.wake.read().unwrap_or(0);
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        self.jobs.try_iter().take(count).for_each(|job| job(confined));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn vcpus_that_always_want_something_leave_time_for_others() {
+        let (vmm, jobs) = VmmThread::new().unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        // Each has its next job there while another's is being done.
+        let ask = |vmm: VmmThread, stop: Arc<AtomicBool>| {
+            thread::spawn(move || {
+                while !stop.load(Ordering::SeqCst)
+                    && vmm.run(|_| thread::sleep(Duration::from_millis(1))).is_some()
+                {}
+            })
+        };
+        let vcpus = [(); 4].map(|()| ask(vmm.clone(), stop.clone()));
+        let begin = Instant::now();
+        // Where the loop below does not end by itself.
+        let limit = thread::spawn(move || {
+            thread::sleep(Duration::from_secs(2));
+            stop.store(true, Ordering::SeqCst);
+        });
+        for _ in 0..20 {
+            jobs.run_all(Confined::not());
+        }
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        drop(jobs);
+        vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
+        drop(limit);
     }
 }
