@@ -15,6 +15,7 @@ use libfuzzer_sys::fuzz_target;
 use microvm::config::{DiskConfig, DiskEngine};
 use microvm::devices::virtio::block::Block;
 use microvm::devices::virtio::{Served, VirtioDevice};
+use microvm::metrics::Registry;
 use microvm::vm::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -87,7 +88,7 @@ impl Host {
         std::fs::write(&path, vec![0; LEN]).unwrap();
         let mut config = DiskConfig::new(path.clone());
         config.engine = Some(DiskEngine::Threads);
-        let block = Block::open(&config, 0, 1).unwrap();
+        let block = Block::open(&config, 0, 1, &Registry::default()).unwrap();
         let file = File::options().read(true).write(true).open(path).unwrap();
         Self { block, file, memory: Memory::new(&"2M".parse().unwrap()).unwrap() }
     }
