@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 use std::{env, fs};
@@ -16,6 +16,8 @@ pub const DISK: &str = "/dev/ram0";
 const DISK_SIZE: usize = 256 << 20;
 pub const TAP: &str = "bench0";
 pub const VSOCK_CID: u32 = 42;
+/// In memory: no socket can be bound on the file system of the checkout.
+pub const VSOCK_SOCKET: &str = "/tmp/bench-vsock";
 const VSOCK_PORT: u32 = 5000;
 const HOST: &str = "192.168.77.1";
 const TCP_PORT: u16 = 5000;
@@ -67,7 +69,7 @@ impl Job {
     }
 
     /// Starts the host's side of one run.
-    pub fn start_peer(&self, vmm: Vmm, work: &Path) -> Result<Option<JoinHandle<Result<()>>>> {
+    pub fn start_peer(&self, vmm: Vmm) -> Result<Option<JoinHandle<Result<()>>>> {
         let operations = self.operations;
         let peer = match (self.device, self.command) {
             (Device::Block, _) => return Ok(None),
@@ -80,7 +82,7 @@ impl Job {
                 })
             }
             (Device::Vsock, _) if vmm == Vmm::Microvm => {
-                let path = PathBuf::from(format!("{}_{VSOCK_PORT}", work.join("vsock").display()));
+                let path = PathBuf::from(format!("{VSOCK_SOCKET}_{VSOCK_PORT}"));
                 let _ = fs::remove_file(&path);
                 let listener = UnixListener::bind(path)?;
                 thread::spawn(move || echo(listener.accept()?.0, operations))

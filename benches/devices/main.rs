@@ -113,7 +113,7 @@ fn measure(job: &Job, vmm: Vmm, work: &Path) -> Result<Cost> {
     }
     let mut costs = Vec::new();
     for _ in 0..RUNS {
-        let peer = job.start_peer(vmm, work)?;
+        let peer = job.start_peer(vmm)?;
         let (time, exits) = guest.run(&job.words())?;
         peer.map_or(Ok(()), |p| p.join().map_err(|_| "the host's side panicked")?)?;
         let per = |total: f64| total / job.operations as f64;

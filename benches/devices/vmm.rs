@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::Result;
-use crate::job::{DISK, Device, TAP, VSOCK_CID};
+use crate::job::{DISK, Device, TAP, VSOCK_CID, VSOCK_SOCKET};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Vmm {
@@ -21,6 +21,8 @@ pub struct Guest {
     output: BufReader<ChildStdout>,
 }
 
+/// What it says on standard error.
+const LOG: &str = "/tmp/bench-vmm.log";
 const WORDS: &str = "quiet -- /bin/bench";
 
 impl Guest {
@@ -65,7 +67,8 @@ impl Guest {
         loop {
             let from = seen.len();
             if self.output.read_line(&mut seen)? == 0 {
-                return Err(format!("the guest ended before {wanted}:\n{seen}").into());
+                let log = fs::read_to_string(LOG)?;
+                return Err(format!("the guest ended before {wanted}:\n{seen}{log}").into());
             }
             if seen[from..].trim() == wanted {
                 return Ok(());
@@ -101,10 +104,7 @@ fn microvm(work: &Path, device: Device) -> Command {
     match device {
         Device::Block => command.args(["--disk", &format!("{DISK},direct")]),
         Device::Net => command.args(["--net", &format!("tap={TAP}")]),
-        Device::Vsock => {
-            let socket = work.join("vsock").display().to_string();
-            command.args(["--vsock", &format!("cid={VSOCK_CID},socket={socket}")])
-        }
+        Device::Vsock => command.args(["--vsock", &format!("cid={VSOCK_CID},socket={VSOCK_SOCKET}")]),
     };
     command
 }
