@@ -26,8 +26,10 @@ const IFF_VNET_HDR: u16 = 0x4000;
 const IFF_MULTI_QUEUE: u16 = 0x0100;
 const IFF_ATTACH_QUEUE: u16 = 0x0200;
 const IFF_DETACH_QUEUE: u16 = 0x0400;
-/// `IFF_RUNNING` of an interface's flags.
-const RUNNING: u16 = 0x40;
+/// `SIOCETHTOOL`.
+const ETHTOOL: libc::Ioctl = 0x8946;
+/// `ETHTOOL_GLINK`.
+const GET_LINK: u32 = 0x0a;
 
 /// `struct ifreq`, of which name and flags are used here.
 #[repr(C)]
@@ -35,6 +37,13 @@ struct InterfaceRequest {
     name: [u8; 16],
     flags: u16,
     rest: [u8; 22],
+}
+
+/// `struct ethtool_value`.
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    value: u32,
 }
 
 impl InterfaceRequest {
@@ -74,16 +83,23 @@ pub fn open_device() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(DEVICE)
 }
 
-/// Whether interface `name` is up, and somebody is at its other end.
+/// Whether interface `name` is up, and somebody is at its other end. Its flags say so up to a second late, and right
+/// after it was made they say so of nobody.
 ///
 /// # Errors
 /// There is no such interface.
 pub fn is_running(name: &str) -> io::Result<bool> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut link = EthtoolValue { command: GET_LINK, value: 0 };
     let mut request = InterfaceRequest::new(name, 0)?;
-    // SAFETY: the kernel reads and writes an `ifreq`, which `request` is in size and layout.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as libc::Ioctl, &raw mut request) })?;
-    Ok(request.flags & RUNNING != 0)
+    // `ifr_data`, which begins where the flags do.
+    let address = (&raw mut link as u64).to_ne_bytes();
+    request.flags = u16::from_ne_bytes([address[0], address[1]]);
+    request.rest[..6].copy_from_slice(&address[2..]);
+    // SAFETY: the kernel reads an `ifreq`, which `request` is in size and layout, and with this command reads and writes
+    // the eight bytes of `link`, which lives until the call returns.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), ETHTOOL, &raw mut request) })?;
+    Ok(link.value != 0)
 }
 
 /// Makes `device` the other end of tap `name`, or of one of its queues, with a virtio header of `header` bytes before
