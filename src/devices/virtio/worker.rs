@@ -121,13 +121,13 @@ fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
             }
         };
         // Before the others: what they ask for comes after a pause, or never.
-        if events[..count].iter().any(|e| e.data() == CONTROL) {
-            match control.obey(|| state.drain()) {
-                Next::Serve => continue,
-                Next::End => break,
-            }
+        if events[..count].iter().any(|e| e.data() == CONTROL)
+            && let Next::End = control.obey(|| state.drain())
+        {
+            break;
         }
-        for event in &events[..count] {
+        // Also those that came with a pause: an edge is told once.
+        for event in events[..count].iter().filter(|e| e.data() != CONTROL) {
             let ready = EventSet::from_bits_truncate(event.events());
             state.event(event.data(), ready, epoll);
         }
@@ -258,6 +258,53 @@ mod tests {
         assert!(control.is_paused_by(soon()));
         assert!(rig.worker.stop().is_some());
         assert!(control.is_paused_by(soon()), "what has ended does nothing");
+    }
+
+    /// Says which of its events came, and holds its thread in the first kind until it is let go.
+    struct Edges {
+        gate: EventFd,
+        edge: EventFd,
+        came: Sender<u64>,
+        may_go: Receiver<()>,
+    }
+
+    impl Served for Edges {
+        fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
+            let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            vec![(self.gate.as_raw_fd(), EventSet::IN, 0), (self.edge.as_raw_fd(), edge, 1)]
+        }
+
+        fn event(&mut self, token: u64, _ready: EventSet, _epoll: &Epoll) {
+            self.came.send(token).unwrap();
+            if token == 0 {
+                self.gate.read().unwrap();
+                let _ = self.may_go.recv();
+            }
+        }
+    }
+
+    /// The sockets of vsock are watched so: what an edge says is said once.
+    #[test]
+    fn an_edge_that_comes_with_a_pause_is_not_lost() {
+        let new = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (gate, edge) = (new(), new());
+        let ((came, comes), (let_go, may_go)) = (mpsc::channel(), mpsc::channel());
+        let (gate_too, edge_too) = (gate.try_clone().unwrap(), edge.try_clone().unwrap());
+        let worker = Worker::start("edges", Confined::not(), Edges { gate, edge, came, may_go });
+        let worker = worker.unwrap_or_else(|e| panic!("{}", e.error));
+        let control = worker.control();
+        gate_too.write(1).unwrap();
+        assert_eq!(comes.recv(), Ok(0));
+        // While the thread is busy, both become ready: it takes them at once.
+        edge_too.write(1).unwrap();
+        control.ask_to_pause();
+        let_go.send(()).unwrap();
+        assert!(control.is_paused_by(soon()));
+        assert!(comes.try_recv().is_err(), "it works while it is paused");
+        control.resume();
+        assert_eq!(comes.recv_timeout(Duration::from_secs(10)), Ok(1));
+        drop(let_go);
+        assert!(worker.stop().is_some());
     }
 
     #[test]
