@@ -12,7 +12,7 @@ const FROM_GUEST_BYTES: Metric =
     Metric::counter("microvm_vsock_from_guest_bytes_total", "Bytes of data in vsock packets from the guest.");
 const DROPPED: Metric = Metric::counter(
     "microvm_vsock_dropped_packets_total",
-    "Packets from the guest that were no packets, or not from it.",
+    "Packets from the guest that were no packets, not from it, or refused while it took no refusals.",
 );
 const CONNECTIONS: Metric =
     Metric::counter("microvm_vsock_connections_total", "Vsock connections that either side asked for.");
@@ -34,7 +34,7 @@ pub struct VsockCounters {
     pub from_guest_packets: Counter,
     /// Bytes of data from the guest.
     pub from_guest_bytes: Counter,
-    /// Packets from the guest that were no packets, or not from it.
+    /// Packets from the guest that were no packets, not from it, or refused while it took no refusals.
     pub dropped: Counter,
     /// Connections, either side's.
     pub connections: Counter,

@@ -17,7 +17,7 @@ use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 
 /// The most host programs and guest sockets that are connected, connecting or being finished. One more is refused.
 pub const MAX_CONNECTIONS: usize = 1024;
-/// The most resets that wait for the guest's buffers. When there are so many, the guest's packets wait.
+/// The most resets that wait for the guest's buffers. One more is left out.
 pub const MAX_REPLIES: usize = 256;
 /// How long a host program has for its first line, and then the guest for its answer.
 pub const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
@@ -102,12 +102,6 @@ impl Muxer {
 
     fn is_full(&self) -> bool {
         self.connections.len() + self.handshakes.len() >= MAX_CONNECTIONS
-    }
-
-    /// Whether so many replies wait that the guest's packets should, too.
-    #[must_use]
-    pub fn is_congested(&self) -> bool {
-        self.replies.len() >= MAX_REPLIES
     }
 
     /// Whether something waits for the guest.
@@ -253,7 +247,7 @@ impl Muxer {
         }
     }
 
-    /// Counts a packet that is none.
+    /// Counts a packet that is none, or has no answer.
     pub fn drop_packet(&self) {
         self.counters.dropped.increment();
     }
@@ -269,10 +263,17 @@ impl Muxer {
         }
     }
 
-    /// One reset for one packet, and none for a reset: two sides that refuse each other fall silent.
+    /// One reset for one packet, and none for a reset: two sides that refuse each other fall silent. To a guest that takes
+    /// none it is left out. Its packets may not wait instead: Linux takes nothing from us while its own replies wait for
+    /// us to take them, and both would wait for ever.
     fn refuse(&mut self, header: &Header) {
-        if header.op != Op::Reset as u16 {
+        if header.op == Op::Reset as u16 {
+            return;
+        }
+        if self.replies.len() < MAX_REPLIES {
             self.replies.push_back(header.reset_reply());
+        } else {
+            self.drop_packet();
         }
     }
 

@@ -45,8 +45,6 @@ pub struct VsockThread {
     is_ticking: bool,
     /// The host had no descriptor left: no program is taken in until the next tick.
     is_deaf: bool,
-    /// The guest's packets wait until it takes the replies to earlier ones.
-    tx_waits: bool,
     chain: Chain,
     data: Box<[u8]>,
 }
@@ -66,7 +64,6 @@ impl VsockThread {
             timer: Timer::new()?,
             is_ticking: false,
             is_deaf: false,
-            tx_waits: false,
             chain: Chain::default(),
             data: vec![0; MAX_DATA].into_boxed_slice(),
         })
@@ -161,10 +158,6 @@ impl VsockThread {
         self.tx.queue.disable_notify(memory)?;
         let mut is_done = false;
         for _ in 0..self.tx.queue.size() {
-            self.tx_waits = self.muxer.is_congested();
-            if self.tx_waits {
-                break;
-            }
             if self.tx.queue.pop(memory, &mut self.chain)? {
                 self.receive(epoll)?;
                 self.tx.queue.push_used(memory, self.chain.head(), 0)?;
@@ -176,7 +169,7 @@ impl VsockThread {
         if self.tx.queue.publish(memory)? {
             self.interrupt.used_buffer();
         }
-        if !is_done && !self.tx_waits {
+        if !is_done {
             self.tx.serve_again();
         }
         Ok(())
@@ -231,10 +224,6 @@ impl VsockThread {
         }
         if !is_done {
             self.rx.serve_again();
-        }
-        if self.tx_waits && !self.muxer.is_congested() {
-            self.tx_waits = false;
-            self.tx.serve_again();
         }
         Ok(())
     }
