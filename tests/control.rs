@@ -477,6 +477,27 @@ fn a_socket_can_be_anywhere_but_over_something_else() {
 }
 
 #[test]
+fn a_socket_that_is_another_vms_by_now_stays() {
+    let station = Station::new();
+    let path = station.host.dir.path().join("vm.sock");
+    let code = [print("u"), SPIN.to_vec()].concat();
+    let start = || {
+        let mut child =
+            station.boot(&code, &["--control", "vm.sock"]).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Vm { child, socket: path.clone() }
+    };
+    let mut first = start();
+    fs::remove_file(&path).unwrap();
+    let second = start();
+    // SAFETY: a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(first.child.id() as i32, libc::SIGTERM) }, 0);
+    first.status();
+    assert!(path.exists(), "the first VM removed the second one's socket");
+    second.assert_serves();
+}
+
+#[test]
 fn a_failed_start_leaves_no_folder() {
     let station = Station::new();
     let kernel = station.host.file("kernel", b"no kernel");

@@ -155,11 +155,6 @@ fn is_socket(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
-/// Whether a process listens on the socket at `path`. One that is there and cannot be asked counts as alive.
-pub(super) fn is_alive(path: &Path) -> bool {
-    !matches!(open(path), Err(Errno::CONNREFUSED | Errno::NOENT))
-}
-
 /// Waits until a process has ended, but not longer than `limit`; says whether it has.
 #[must_use]
 pub fn wait_for_end(process: &OwnedFd, limit: Duration) -> bool {

@@ -3,31 +3,30 @@
 //! Each VM has a folder of its own in the user's run-time folder. A lock on that folder, which the kernel takes back
 //! from a dead process, makes a name belong to one VM at a time; the socket of a dead VM is replaced.
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, renameat,
-    statat, unlinkat,
+    AtFlags, CWD, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, statat, unlinkat,
 };
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::SocketAddrUnix;
 use rustix::process::geteuid;
 use thiserror::Error;
 
 use crate::config::Control;
 use crate::sandbox::{Folder, Kept};
-
-use super::client::is_alive;
+use crate::sys::socket_file::{Listen, SocketFile};
 
 /// The socket in a VM's folder.
 const SOCKET: &str = "control.sock";
-/// As many clients as are served at once may wait besides.
-const BACKLOG: i32 = super::server::MAX_CONNECTIONS as i32;
+/// For this user alone. As many clients as are served at once may wait besides.
+const LISTEN: Listen =
+    Listen { backlog: super::server::MAX_CONNECTIONS as i32, mode: Some(Mode::from_raw_mode(0o600)) };
 /// Names that are made up for one process: `vm-PID`, `vm-PID-2`…
 const MADE_UP_NAMES: u32 = 9;
 
@@ -75,12 +74,10 @@ pub enum PlaceError {
 pub struct Place {
     name: String,
     path: PathBuf,
-    /// The socket's folder, open since before the VM was confined.
-    folder: OwnedFd,
-    socket: OsString,
+    /// In its folder, which is open since before the VM was confined.
+    socket: SocketFile,
     /// The folder above a folder that is the VM's own, and goes with it.
     base: Option<OwnedFd>,
-    bound: bool,
 }
 
 impl Place {
@@ -114,7 +111,7 @@ impl Place {
     /// Puts its descriptors on the list of those that stay open, and says where it removes what when it is dropped: the
     /// socket, and the folder where that is the VM's own.
     pub(super) fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
-        kept.add("the control socket's folder", &self.folder);
+        kept.add("the control socket's folder", &self.socket);
         let own = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut folders = vec![Folder::Files(own.into())];
         if let Some(base) = &self.base {
@@ -152,10 +149,8 @@ impl Place {
             let ours = fstat(&folder).map_err(failed)?;
             if statat(&base, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|there| same_file(&there, &ours)) {
                 let path = path.join(SOCKET);
-                let base = Some(base);
-                let place =
-                    Self { name: name.into(), path, folder, socket: SOCKET.into(), base, bound: false };
-                return Ok(Some(place));
+                let socket = SocketFile::new(folder, OsStr::new(SOCKET));
+                return Ok(Some(Self { name: name.into(), path, socket, base: Some(base) }));
             }
         }
     }
@@ -163,13 +158,14 @@ impl Place {
     fn at_path(name: Option<&str>, path: &Path) -> Result<Self, PlaceError> {
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let failed = |source| PlaceError::Socket { path: path.into(), source };
-        let socket = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+        let file_name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let folder = open(parent, flags, Mode::empty()).map_err(|e| failed(e.into()))?;
+        let socket = SocketFile::new(folder, file_name);
         // Found out now, so that a VM that cannot have its socket is not built first.
-        check_path(path, &folder, socket)?;
+        socket.check().map_err(|e| refused(path, e))?;
         let name = name.map_or_else(default_name, str::to_string);
-        Ok(Self { name, path: path.into(), folder, socket: socket.into(), base: None, bound: false })
+        Ok(Self { name, path: path.into(), socket, base: None })
     }
 
     /// Makes the socket, for this user alone, in place of a dead VM's.
@@ -178,56 +174,28 @@ impl Place {
     /// The path is too long, or taken by then.
     pub fn listen(&mut self) -> Result<OwnedFd, PlaceError> {
         let path = &self.path;
-        let failed = |e: Errno| PlaceError::Socket { path: path.clone(), source: e.into() };
         // Clients come by the path.
         SocketAddrUnix::new(path.as_path()).map_err(|_| PlaceError::TooLong(path.clone()))?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
-        // Linux makes the file with the mode of the socket, so at no moment is it open to others.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed)?;
-        if self.base.is_none() {
-            check_path(path, &self.folder, &self.socket)?;
-        }
-        // Under another name until it listens: a client that finds a socket which refuses it takes the VM for dead. The
-        // way by the folder's descriptor is short whatever the path is, and a rename replaces a dead VM's socket.
-        let name = format!(".{}.new", std::process::id());
-        let new = format!("/proc/self/fd/{}/{name}", self.folder.as_raw_fd());
-        let _ = unlinkat(&self.folder, &name, AtFlags::empty());
-        let address = SocketAddrUnix::new(new.as_str()).map_err(failed)?;
-        bind(&socket, &address).map_err(failed)?;
-        let listening = listen(&socket, BACKLOG);
-        let listening = listening.and_then(|()| renameat(&self.folder, &name, &self.folder, &self.socket));
-        listening.map_err(|e| {
-            let _ = unlinkat(&self.folder, &name, AtFlags::empty());
-            failed(e)
-        })?;
-        self.bound = true;
-        Ok(socket)
+        Ok(self.socket.listen(LISTEN).map_err(|e| refused(path, e))?.socket)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // Nothing is left to do where this fails: a VM that is dead is seen as dead.
-        if self.bound {
-            let _ = unlinkat(&self.folder, &self.socket, AtFlags::empty());
-        }
+        // First, because a folder goes only when it is empty.
+        self.socket.remove();
         if let Some(base) = &self.base {
             let _ = unlinkat(base, &self.name, AtFlags::REMOVEDIR);
         }
     }
 }
 
-/// Checks that a socket can be put at `path`: nothing is there, or the socket of a process that is no more.
-fn check_path(path: &Path, folder: &OwnedFd, socket: &std::ffi::OsStr) -> Result<(), PlaceError> {
-    match statat(folder, socket, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => Ok(()),
-        Err(e) => Err(PlaceError::Socket { path: path.into(), source: e.into() }),
-        Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
-            Err(PlaceError::NotASocket(path.into()))
-        }
-        Ok(_) if is_alive(path) => Err(PlaceError::InUse(path.into())),
-        Ok(_) => Ok(()),
+/// Names what is wrong with the path.
+fn refused(path: &Path, source: io::Error) -> PlaceError {
+    match Errno::from_io_error(&source) {
+        Some(Errno::EXIST) => PlaceError::InUse(path.into()),
+        Some(Errno::NOTSOCK) => PlaceError::NotASocket(path.into()),
+        _ => PlaceError::Socket { path: path.into(), source },
     }
 }
 

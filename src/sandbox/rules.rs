@@ -292,6 +292,7 @@ const CONTROL: &[Rule] = &[
     allow(libc::SYS_sendto, "an answer"),
     allow(libc::SYS_shutdown, "the end of the answers, for a client that is refused"),
     allow(libc::SYS_pread64, "KVM's exit counters, for GET /metrics"),
+    allow(libc::SYS_newfstatat, "is the control socket still there, or another's"),
     allow(
         libc::SYS_unlinkat,
         "the socket and its folder at the end; Landlock allows it in their folders alone",

@@ -8,6 +8,7 @@ pub mod guest_iovec;
 pub mod lock;
 pub mod mapping;
 pub mod signals;
+pub mod socket_file;
 pub mod syscalls;
 pub mod tap;
 pub mod terminal;

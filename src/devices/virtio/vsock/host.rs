@@ -8,9 +8,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
-};
+use rustix::net::{RecvFlags, recv};
+
+use crate::sys::socket_file::connect_now;
 
 use super::socket_file::{HostSocketError, SocketFile};
 
@@ -52,14 +52,6 @@ impl HostSocket {
         path.push(format!("_{port}"));
         connect_now(Path::new(&path)).map(UnixStream::from)
     }
-}
-
-/// Connects without waiting, by the one kind of socket that the sandbox allows.
-pub(super) fn connect_now(path: &Path) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
 }
 
 /// The longest line: `CONNECT 4294967295\r\n` and some blanks.
