@@ -647,6 +647,30 @@ fn an_interface_that_is_no_tap() {
     assert_fails(&output, 1, &["--net tap=lo", "sudo"]);
 }
 
+/// passt reads what the guest sends. What the caller of `microvm` left open or told it is none of its business.
+#[test]
+fn passt_inherits_neither_descriptors_nor_the_environment() {
+    let host = Host::new();
+    let bin = host.dir.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let left_open = File::create(host.dir.path().join("left-open")).unwrap();
+    // Rust closes what it opens on exec; others do not.
+    rustix::io::fcntl_setfd(&left_open, rustix::io::FdFlags::empty()).unwrap();
+    let kernel = host.kernel(&power_off());
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let log = host.dir.path().join("told");
+    let passt = bin.join("passt");
+    std::fs::write(&passt, format!("#!/bin/sh\n(env; ls -l /proc/$$/fd) >{}\nexit 1\n", log.display()))
+        .unwrap();
+    std::fs::set_permissions(&passt, Permissions::from_mode(0o755)).unwrap();
+    let mut command = host.boot(&kernel, &["--net", "user"]);
+    let output = command.env("PATH", path).env("SECRET", "hunter2").output().unwrap();
+    assert_fails(&output, 1, &["--net user", "passt ended at once"]);
+    let told = std::fs::read_to_string(log).unwrap();
+    assert!(told.contains("PATH=") && told.contains("socket:"), "{told}");
+    assert!(!told.contains("hunter2") && !told.contains("left-open"), "{told}");
+}
+
 #[test]
 fn no_passt_installed() {
     let host = Host::new();

@@ -28,7 +28,7 @@ pub fn has_seccomp() -> bool {
 #[must_use]
 pub fn has_close_range() -> bool {
     // No descriptor has the highest number, so this closes nothing.
-    close_range(libc::c_uint::MAX, libc::c_uint::MAX).is_ok()
+    close_range(libc::c_uint::MAX, libc::c_uint::MAX, 0).is_ok()
 }
 
 /// Closes every descriptor of this process that is not among `kept`.
@@ -43,17 +43,26 @@ pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
     let mut first = 0;
     for fd in kept {
         if fd > first {
-            close_range(first, fd - 1)?;
+            close_range(first, fd - 1, 0)?;
         }
         first = fd + 1;
     }
-    close_range(first, libc::c_uint::MAX)
+    close_range(first, libc::c_uint::MAX, 0)
 }
 
-fn close_range(first: libc::c_uint, last: libc::c_uint) -> io::Result<()> {
+/// Has every descriptor closed when this process starts a program, but standard input, output and error.
+///
+/// # Errors
+/// The kernel has no such flag (Linux 5.11).
+pub fn close_all_on_exec() -> io::Result<()> {
+    let first = libc::STDERR_FILENO as libc::c_uint + 1;
+    close_range(first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int)
+}
+
+fn close_range(first: libc::c_uint, last: libc::c_uint, flags: libc::c_int) -> io::Result<()> {
     // SAFETY: the call touches no memory. That nobody goes on to use what it closes is the promise of this module's
     // callers, see `close_all_but`.
-    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -13,6 +13,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{Protocol, Publish};
+use crate::sys::confinement;
 use crate::sys::guest_iovec::GuestIovecs;
 
 use super::super::{Segment, slice};
@@ -95,9 +96,14 @@ fn check_port(publish: &Publish) -> Result<(), PasstError> {
 /// Runs passt, which goes to the background once it is ready, and ends when the other end of `socket` is closed: with
 /// the VM, however that ends.
 fn run(socket: &UnixStream, publish: &[Publish]) -> Result<(), PasstError> {
-    // The one descriptor that the new program is to have.
+    // It reads what the guest sends, so it gets nothing of what our caller has left open or told us: where programs are,
+    // and one descriptor.
+    if let Err(e) = confinement::close_all_on_exec() {
+        log::debug!("passt inherits what this program was started with: {e}");
+    }
     rustix::io::fcntl_setfd(socket, FdFlags::empty()).map_err(|e| PasstError::Start(e.into()))?;
     let mut command = Command::new("passt");
+    command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.args(["--quiet", "--one-off", "--fd"]).arg(socket.as_raw_fd().to_string());
     command.args(publish.iter().flat_map(forward));
     command.stdin(Stdio::null()).stdout(Stdio::null());
