@@ -303,6 +303,31 @@ fn a_guest_program_echoes() {
     is_at_end(&mut stream);
 }
 
+/// A stream's news may come together with a pause.
+#[test]
+fn echoes_go_on_over_pauses() {
+    const PROGRAMS: usize = 4;
+    const EACH: usize = 100;
+    let mut guest = Guest::new();
+    let workers = guest.driver.mmio.workers();
+    thread::scope(|scope| {
+        for program in 0..PROGRAMS {
+            let path = guest.path();
+            scope.spawn(move || (0..EACH).for_each(|i| echo(&path, program + i, 3000)));
+        }
+        scope.spawn(|| {
+            for _ in 0..5000 {
+                workers.iter().for_each(WorkerControl::ask_to_pause);
+                let deadline = Instant::now() + Duration::from_secs(10);
+                assert!(workers.iter().all(|w| w.is_paused_by(deadline)));
+                workers.iter().for_each(WorkerControl::resume);
+                thread::yield_now();
+            }
+        });
+        guest.serve_echo(PROGRAMS * EACH);
+    });
+}
+
 #[test]
 fn a_thousand_one_after_another() {
     let mut guest = Guest::new();
