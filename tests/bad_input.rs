@@ -691,6 +691,11 @@ fn a_published_port_that_is_taken() {
         let output = host.boot(&kernel, &["--net", "user", "-p", &port]).output().unwrap();
         assert_fails(&output, 1, &["--publish", &port, "in use"]);
     }
+    // All addresses are IPv6's, too: who has the port there would be taken for the guest by clients of "localhost".
+    let Ok(other) = std::net::TcpListener::bind("[::1]:0") else { return };
+    let port = format!("{}:80", other.local_addr().unwrap().port());
+    let output = host.boot(&kernel, &["--net", "user", "-p", &port]).output().unwrap();
+    assert_fails(&output, 1, &["--publish", &port, "in use"]);
 }
 
 /// Boots with these flags, and checks that it fails with these words.

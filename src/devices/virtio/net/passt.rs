@@ -3,7 +3,7 @@
 //! Frames go over a stream as in QEMU's `-netdev stream`: four bytes of length, most significant first, and the frame.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
@@ -86,10 +86,16 @@ impl Passt {
 
 /// passt goes on without a port that it cannot have, so that is found out here.
 fn check_port(publish: &Publish) -> Result<(), PasstError> {
-    let result = match publish.protocol {
-        Protocol::Tcp => TcpListener::bind(publish.socket()).map(drop),
-        Protocol::Udp => UdpSocket::bind(publish.socket()).map(drop),
+    let bind = |socket: SocketAddr| match publish.protocol {
+        Protocol::Tcp => TcpListener::bind(socket).map(drop),
+        Protocol::Udp => UdpSocket::bind(socket).map(drop),
     };
+    let mut result = bind(publish.socket());
+    if result.is_ok() && publish.address.is_none() {
+        // All addresses are those of IPv6, too. A host without it fails otherwise.
+        let all = SocketAddr::from((Ipv6Addr::UNSPECIFIED, publish.host));
+        result = bind(all).or_else(|e| if e.kind() == io::ErrorKind::AddrInUse { Err(e) } else { Ok(()) });
+    }
     result.map_err(|e| PasstError::Port(*publish, e))
 }
 
