@@ -6,7 +6,6 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -47,8 +46,8 @@ pub struct Connection {
     pub state: State,
     /// Whether it waits for its turn to send to the guest.
     pub is_queued: bool,
-    /// Until when a request must be answered, or what is left be delivered.
-    pub deadline: Option<Instant>,
+    /// Until which of the muxer's ticks a request must be answered, or what is left be delivered.
+    pub deadline: Option<u64>,
     stream: UnixStream,
     credit: Credit,
     buffer: TxBuf,
@@ -92,7 +91,7 @@ impl Connection {
 
     /// One that a host program asks for. The guest is to accept it until `deadline`.
     #[must_use]
-    pub fn request(ports: (u32, u32), stream: UnixStream, deadline: Instant) -> Self {
+    pub fn request(ports: (u32, u32), stream: UnixStream, deadline: u64) -> Self {
         Self { deadline: Some(deadline), ..Self::new(ports, stream, State::Requested) }
     }
 

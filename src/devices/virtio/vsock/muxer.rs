@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rustix::net::{SocketFlags, accept_with};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -19,10 +18,11 @@ use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 pub const MAX_CONNECTIONS: usize = 1024;
 /// The most resets that wait for the guest's buffers. One more is left out.
 pub const MAX_REPLIES: usize = 256;
-/// How long a host program has for its first line, and then the guest for its answer.
-pub const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
-/// How long a host program has to take what a guest's finished connection has left for it.
-const DRAIN_TIME: Duration = Duration::from_secs(30);
+/// How many seconds a host program has for its first line, and then the guest for its answer. The seconds of a pause do not
+/// count: see [`Muxer::tick`].
+pub const HANDSHAKE_TICKS: u64 = 10;
+/// How many seconds a host program has to take what a guest's finished connection has left for it.
+const DRAIN_TICKS: u64 = 30;
 /// Tokens of streams start here; those below are the device's own descriptors'.
 pub const FIRST_STREAM: u64 = 16;
 /// Host ports of connections that host programs ask for start here, far from what a guest would choose.
@@ -32,7 +32,7 @@ const FIRST_PORT: u32 = 1 << 30;
 #[derive(Debug)]
 struct Handshake {
     stream: UnixStream,
-    deadline: Instant,
+    deadline: u64,
 }
 
 /// The connections of an active device.
@@ -51,6 +51,8 @@ pub struct Muxer {
     replies: VecDeque<Header>,
     next_token: u64,
     next_port: u32,
+    /// Seconds that were waited for.
+    ticks: u64,
     has_deadlines: bool,
 }
 
@@ -69,6 +71,7 @@ impl Muxer {
             replies: VecDeque::new(),
             next_token: FIRST_STREAM,
             next_port: FIRST_PORT,
+            ticks: 0,
             has_deadlines: false,
         }
     }
@@ -126,7 +129,7 @@ impl Muxer {
         if self.is_full() {
             return Ok(());
         }
-        let deadline = Instant::now() + HANDSHAKE_TIME;
+        let deadline = self.ticks + HANDSHAKE_TICKS;
         if let Some(token) = self.watch(&stream, epoll) {
             self.handshakes.insert(token, Handshake { stream, deadline });
             self.has_deadlines = true;
@@ -161,7 +164,7 @@ impl Muxer {
     fn request(&mut self, token: u64, guest_port: u32) {
         let Some(handshake) = self.handshakes.remove(&token) else { return };
         let ports = (self.free_port(guest_port), guest_port);
-        let deadline = Instant::now() + HANDSHAKE_TIME;
+        let deadline = self.ticks + HANDSHAKE_TICKS;
         self.add(token, Connection::request(ports, handshake.stream, deadline));
     }
 
@@ -217,7 +220,7 @@ impl Muxer {
             self.ports.remove(&connection.ports);
         }
         if deliver && connection.has_undelivered() && connection.deliver() == Outcome::Keep {
-            connection.deadline = Some(Instant::now() + DRAIN_TIME);
+            connection.deadline = Some(self.ticks + DRAIN_TICKS);
             self.has_deadlines = true;
             if connection.has_undelivered() {
                 return;
@@ -322,14 +325,17 @@ impl Muxer {
         Header { src_cid: HOST_CID, dst_cid: self.guest_cid, kind: TYPE_STREAM, ..header }
     }
 
-    /// Whether anything may have a deadline, as of the last [`Muxer::expire`].
+    /// Whether anything may have a deadline, as of the last [`Muxer::tick`].
     #[must_use]
     pub fn has_deadlines(&self) -> bool {
         self.has_deadlines
     }
 
-    /// Ends what took too long.
-    pub fn expire(&mut self, now: Instant) {
+    /// A second has passed, and ends what took too long. Seconds are counted rather than looked up, so that those pass alone
+    /// in which somebody could answer: a device that is paused counts one at most.
+    pub fn tick(&mut self) {
+        self.ticks += 1;
+        let now = self.ticks;
         self.handshakes.retain(|_, handshake| handshake.deadline > now);
         let late = self.connections.iter().filter(|(_, c)| c.deadline.is_some_and(|d| d <= now));
         let late: Vec<u64> = late.map(|(token, _)| *token).collect();

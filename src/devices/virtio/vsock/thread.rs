@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -138,7 +138,7 @@ impl VsockThread {
         if self.is_deaf {
             self.listen(epoll, true);
         }
-        self.muxer.expire(Instant::now());
+        self.muxer.tick();
     }
 
     /// Ticks only while something has a deadline: an idle device wakes nobody.
