@@ -6,6 +6,8 @@ mod balloon;
 mod common;
 #[path = "real/console.rs"]
 mod console;
+#[path = "real/mixed.rs"]
+mod mixed;
 #[path = "real/net.rs"]
 mod net;
 
@@ -187,7 +189,8 @@ fn the_console_takes_input() {
 }
 
 /// Reads the guest's console until `text` has come.
-fn read_until(child: &mut Child, text: &str) {
+/// What a program prints up to `text`, with it.
+fn read_until(child: &mut Child, text: &str) -> String {
     let out = child.stdout.as_mut().unwrap();
     let mut seen = Vec::new();
     let mut byte = [0];
@@ -200,6 +203,7 @@ fn read_until(child: &mut Child, text: &str) {
         );
         seen.push(byte[0]);
     }
+    String::from_utf8_lossy(&seen).into_owned()
 }
 
 #[test]

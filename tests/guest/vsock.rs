@@ -2,6 +2,9 @@
 //!
 //! It connects to the host's ports 9000, once, and 9001, a thousand times, and gets back what it sends. Then it serves:
 //! 5 echoes, 6 sends all back at the end of data, 7 sends without end, 8 ends the program, 9 resets the device.
+//!
+//! `vsock echo` serves port 5 alone and does not end. `vsock load SECONDS` has port 9000 of the host send back what it
+//! gets for so long, and says how often.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -180,8 +183,40 @@ fn run() -> io::Result<()> {
     accept(&end).map(drop)
 }
 
+fn echo_for_ever() -> io::Result<()> {
+    serve(5, echo)?;
+    loop {
+        thread::park();
+    }
+}
+
+fn load(seconds: u64) -> io::Result<()> {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let bytes: Vec<u8> = (0..300_000).map(|i: u32| (i / 3) as u8).collect();
+    let lengths = [1, 4096, bytes.len()];
+    let mut rounds = 0;
+    for len in lengths.into_iter().cycle() {
+        if Instant::now() >= end {
+            break;
+        }
+        // From another place each time, so that an old answer is not taken for this one's.
+        let piece = &bytes[rounds % (bytes.len() - len + 1)..][..len];
+        expect_back(send_host(HOST_PORT, piece)?, piece)?;
+        rounds += 1;
+    }
+    println!("vsock={rounds}");
+    Ok(())
+}
+
 fn main() -> ExitCode {
-    match run() {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["echo"] => echo_for_ever(),
+        ["load", seconds] => seconds.parse().map_err(io::Error::other).and_then(load),
+        _ => run(),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             println!("vsock: {e}");

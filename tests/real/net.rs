@@ -18,7 +18,7 @@ const ROUTER: &str = "10.77.0.1";
 const OWN: &str = "10.77.0.2";
 
 /// Runs `test` in a network and a mount table of its own.
-fn in_own_network(test: impl FnOnce() + Send) {
+pub fn in_own_network(test: impl FnOnce() + Send) {
     let enter = || {
         // SAFETY: takes flags alone. What is shared no longer is this thread's, and its threads' and programs'.
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) };
@@ -40,7 +40,7 @@ fn run(words: &str) {
     assert!(status.success(), "{program}");
 }
 
-fn add_tap(name: &str, address: &str) {
+pub fn add_tap(name: &str, address: &str) {
     run(&format!("ip tuntap add mode tap {name}"));
     let name = name.split(' ').next().unwrap();
     run(&format!("ip addr add {address}/24 dev {name}"));
@@ -48,19 +48,19 @@ fn add_tap(name: &str, address: &str) {
 }
 
 /// A web server on port 8000 that answers everything with many bytes, and what takes them back on port 8001.
-struct Server {
+pub struct Server {
     bytes: Vec<u8>,
     web: TcpListener,
     back: TcpListener,
 }
 
 impl Server {
-    fn new() -> Self {
+    pub fn new(mib: usize) -> Self {
         // Blocks that differ. Made fast: this is a debug build, and may run on a processor that is emulated.
         let mut block: Vec<u8> =
             (0..1u32 << 14).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-        let mut bytes = Vec::with_capacity(transfer_mib() << 20);
-        for number in 0..transfer_mib() << 4 {
+        let mut bytes = Vec::with_capacity(mib << 20);
+        for number in 0..mib << 4 {
             block[..8].copy_from_slice(&number.to_le_bytes());
             bytes.extend_from_slice(&block);
         }
@@ -68,14 +68,18 @@ impl Server {
         Self { bytes, web: listen(8000), back: listen(8001) }
     }
 
-    fn sum(&self, host: &Host) -> String {
+    pub fn sum(&self, host: &Host) -> String {
         sha256(&host.file("sum", &self.bytes))
     }
 
     /// Answers one request, and takes the answer back.
-    fn serve(&self) {
+    pub fn serve(&self) {
         let (mut stream, _) = self.web.accept().unwrap();
-        read_head(&mut BufReader::new(&stream));
+        let mut request = BufReader::new(&stream);
+        if request.fill_buf().is_ok_and(|bytes| bytes.is_empty()) {
+            return;
+        }
+        read_head(&mut request);
         let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", self.bytes.len());
         // A guest that fails hangs up.
         if stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&self.bytes)).is_err() {
@@ -94,7 +98,7 @@ impl Server {
     }
 
     /// Has a guest that failed before it came.
-    fn give_up(&self) {
+    pub fn give_up(&self) {
         for port in [8000, 8001] {
             let _ = TcpStream::connect(("127.0.0.1", port));
         }
@@ -148,7 +152,7 @@ fn assert_counted(metrics: &Path, server: &Server) {
 fn tap_transfers(name: &str, file: &str, queues: usize, flags: &[&str]) {
     in_own_network(|| {
         add_tap(if queues > 1 { "tap0 multi_queue" } else { "tap0" }, "172.30.0.1");
-        let (host, server) = (Host::new(), Server::new());
+        let (host, server) = (Host::new(), Server::new(transfer_mib()));
         let metrics = host.dir.path().join("metrics.json");
         // One after the other, so that some of them take another queue than the first where there are several.
         let transfers = if queues > 1 { 4 } else { 1 };
@@ -246,7 +250,7 @@ fn assert_passt_ends() {
 /// `kernel_words` and `address` say where the guest's address comes from.
 fn user_transfers((name, file, discovery): (&str, &str, &str), address: &str, kernel_words: &str) {
     in_own_network(|| {
-        let (host, server) = (Host::new(), Server::new());
+        let (host, server) = (Host::new(), Server::new(transfer_mib()));
         add_route_and_names(&host);
         let metrics = host.dir.path().join("metrics.json");
         let flags =
