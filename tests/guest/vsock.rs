@@ -185,6 +185,7 @@ fn run() -> io::Result<()> {
 
 fn echo_for_ever() -> io::Result<()> {
     serve(5, echo)?;
+    println!("echoing");
     loop {
         thread::park();
     }
