@@ -190,20 +190,23 @@ fn the_console_takes_input() {
 
 /// Reads the guest's console until `text` has come.
 /// What a program prints up to `text`, with it.
+#[track_caller]
 fn read_until(child: &mut Child, text: &str) -> String {
+    try_read_until(child, text).unwrap_or_else(|seen| panic!("ended before {text:?}: {seen}"))
+}
+
+/// The same; or all that it printed, where it ended before.
+fn try_read_until(child: &mut Child, text: &str) -> Result<String, String> {
     let out = child.stdout.as_mut().unwrap();
     let mut seen = Vec::new();
     let mut byte = [0];
-    while !String::from_utf8_lossy(&seen).contains(text) {
-        assert_eq!(
-            out.read(&mut byte).unwrap(),
-            1,
-            "ended before {text:?}: {}",
-            String::from_utf8_lossy(&seen)
-        );
+    while !seen.ends_with(text.as_bytes()) {
+        if out.read(&mut byte).unwrap() == 0 {
+            return Err(String::from_utf8_lossy(&seen).into_owned());
+        }
         seen.push(byte[0]);
     }
-    String::from_utf8_lossy(&seen).into_owned()
+    Ok(String::from_utf8_lossy(&seen).into_owned())
 }
 
 #[test]

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::common::{Host, own_stderr, stdout};
 use super::net::{Server, add_tap, in_own_network};
-use super::{assert_clean, boot, ext4, fact, read_until, status};
+use super::{assert_clean, boot, ext4, fact, status, try_read_until};
 
 /// What the host's web server has, small enough for many rounds.
 const TRANSFER_MIB: usize = 2;
@@ -194,6 +194,16 @@ fn start(host: &Host, kernel: (&str, &str), disk: &Path) -> Child {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
+/// What the guest prints up to `text`; where the VM ends before, why.
+#[track_caller]
+fn reach(child: &mut Child, text: &str) -> String {
+    try_read_until(child, text).unwrap_or_else(|seen| {
+        let mut stderr = String::new();
+        child.stderr.as_mut().unwrap().read_to_string(&mut stderr).unwrap();
+        panic!("{} before {text:?}: {stderr}{seen}", child.wait().unwrap())
+    })
+}
+
 /// Ends the threads that serve the guest, also where this one panics.
 struct Over<'a>(&'a Load);
 
@@ -218,13 +228,13 @@ fn mixed(name: &str, file: &str) {
             let over = Over(&load);
             scope.spawn(|| load.serve_web());
             scope.spawn(|| load.serve_echo(&listener));
-            let mut text = read_until(&mut child, "echoing");
+            let mut text = reach(&mut child, "echoing");
             // Before that KVM notes model-specific registers that a kernel tries.
             let log = kernel_log();
             let balloon = scope.spawn(|| load.move_balloon());
             let memory = scope.spawn(|| load.watch_memory());
             let echoes = scope.spawn(|| load.ask_echo());
-            text.push_str(&read_until(&mut child, "load=over"));
+            text.push_str(&reach(&mut child, "load=over"));
             drop(over);
             let (rounds, own) = (balloon.join().unwrap(), memory.join().unwrap());
             echoes.join().unwrap();

@@ -6,7 +6,7 @@
 mod control;
 mod handle;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod worker;
 
 use std::time::Duration;

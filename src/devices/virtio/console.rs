@@ -358,9 +358,36 @@ impl ConsoleWorker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::testing::Driver;
+pub(super) mod tests {
+    use super::super::testing::{Driver, Rig};
     use super::*;
+
+    /// For tests of all kinds of devices.
+    pub fn rig() -> Rig {
+        let (driver, port, output, _) = start();
+        let stirring = port.clone();
+        Rig {
+            name: "console",
+            driver,
+            sizes: vec![16, 16],
+            queues: vec![0, 1],
+            stir: Box::new(move || _ = stirring.send(b"key")),
+            offer: Box::new(|driver| {
+                let (input, text) = (driver.buffer(64), driver.filled(&[b'x'; 4096]));
+                driver.post(0, &[], &[input]);
+                driver.post(1, &[text], &[]);
+            }),
+            works: Box::new(move |driver| {
+                let (input, text) = (driver.buffer(64), driver.filled(b"text"));
+                driver.offer(1, &[text], &[]);
+                assert_eq!(driver.wait_used(1), (0, 0));
+                assert!(output.take().unwrap().ends_with(b"text"));
+                assert!(port.send(b"x") <= 1);
+                driver.offer(0, &[], &[input]);
+                assert!(driver.wait_used(0).1 > 0);
+            }),
+        }
+    }
 
     fn start() -> (Driver, ConsolePort, Arc<ConsoleOutput>, Arc<EventFd>) {
         let output = Arc::new(ConsoleOutput::default());

@@ -8,6 +8,8 @@ pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
+#[cfg(test)]
+mod hostile_tests;
 mod interrupt;
 pub mod net;
 mod pause;

@@ -160,9 +160,29 @@ impl RngWorker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::testing::Driver;
+pub(super) mod tests {
+    use super::super::testing::{Driver, Rig};
     use super::*;
+
+    /// For tests of all kinds of devices.
+    pub fn rig() -> Rig {
+        Rig {
+            name: "rng",
+            driver: Driver::start(Box::new(Rng::default()), &[16]),
+            sizes: vec![16],
+            queues: vec![0],
+            stir: Box::new(|| {}),
+            offer: Box::new(|driver| {
+                let buffer = driver.buffer(4096);
+                driver.post(0, &[], &[buffer]);
+            }),
+            works: Box::new(|driver| {
+                let buffer = driver.buffer(64);
+                driver.offer(0, &[], &[buffer]);
+                assert_eq!(driver.wait_used(0), (0, 64));
+            }),
+        }
+    }
 
     #[test]
     fn a_request_gets_random_bytes() {

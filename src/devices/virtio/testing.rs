@@ -23,6 +23,37 @@ const RING_STEP: u64 = 0x1_0000;
 /// Buffers come behind the rings.
 const BUFFERS: u64 = 0x40_0000;
 
+/// Rings, and 4 MiB of buffers.
+const SHARED: usize = 7 << 20;
+
+/// A device of one kind and what it needs of the host, for tests that treat all kinds alike.
+pub struct Rig {
+    /// Its kind, for messages.
+    pub name: &'static str,
+    /// Its driver, which has set up all queues.
+    pub driver: Driver,
+    /// The sizes of its queues.
+    pub sizes: Vec<u16>,
+    /// The queues that it looks at in this state.
+    pub queues: Vec<usize>,
+    /// Something comes from the host, so that queues are looked at in which the device waits for nothing.
+    pub stir: Box<dyn FnMut()>,
+    /// Makes good requests available in each queue.
+    pub offer: Box<dyn FnMut(&mut Driver)>,
+    /// Shows that the device works, with its driver newly started.
+    pub works: Box<dyn FnMut(&mut Driver)>,
+}
+
+impl Rig {
+    /// Resets the device, starts it again, and sees that it works.
+    pub fn start_again(&mut self) {
+        self.driver.free_buffers();
+        self.driver.restart(&self.sizes);
+        (self.works)(&mut self.driver);
+        self.driver.free_buffers();
+    }
+}
+
 struct Ring {
     size: u16,
     base: u64,
@@ -204,6 +235,21 @@ impl Driver {
         let available = ring.available;
         self.memory.guest().write_obj(head, GuestAddress(at)).unwrap();
         self.memory.guest().store(available, index, std::sync::atomic::Ordering::SeqCst).unwrap();
+    }
+
+    /// Says that so many chains more are available, whatever the ring holds.
+    pub fn jump(&mut self, queue: usize, by: u16) {
+        let ring = &mut self.rings[queue];
+        ring.available = ring.available.wrapping_add(by);
+        let (available, index) = (ring.available, GuestAddress(ring.available_ring() + 2));
+        self.memory.guest().store(available, index, std::sync::atomic::Ordering::SeqCst).unwrap();
+    }
+
+    /// All memory that the driver has given to anyone, rings and buffers.
+    pub fn shared_memory(&self) -> Vec<u8> {
+        let mut bytes = vec![0; SHARED];
+        self.memory.guest().read_slice(&mut bytes, GuestAddress(RINGS)).unwrap();
+        bytes
     }
 
     /// Offers a chain and notifies. Returns its head.

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::bus::BusDevice;
 use crate::config::Size;
 
-use super::super::testing::Driver;
+use super::super::testing::{Driver, Rig};
 use super::*;
 
 /// Of [`Driver`]'s guest.
@@ -28,6 +28,32 @@ fn start(config: &str, features: u64) -> (Driver, BalloonHandle) {
     let handle = balloon.handle();
     let queues = 2 + (balloon.features() & features & (F_STATS | F_REPORTING)).count_ones() as usize;
     (Driver::start_with(Box::new(balloon), &[16; 4][..queues], features), handle)
+}
+
+/// For tests of all kinds of devices.
+pub fn rig() -> Rig {
+    Rig {
+        name: "balloon",
+        driver: start(ALL, u64::MAX).0,
+        sizes: vec![16; 4],
+        queues: vec![0, 1, 2, 3],
+        stir: Box::new(|| {}),
+        offer: Box::new(|driver| {
+            let pages = driver.filled(&numbers(&[(PAGES / PAGE) as u32]));
+            let stats = driver.filled(&stat(4, 1000));
+            driver.post(0, &[pages], &[]);
+            driver.post(1, &[pages], &[]);
+            driver.post(2, &[stats], &[]);
+            driver.post(3, &[], &[(PAGES, 4096)]);
+        }),
+        works: Box::new(|driver| {
+            fill(driver, PAGES, 4096);
+            let pages = driver.filled(&numbers(&[(PAGES / PAGE) as u32]));
+            driver.offer(0, &[pages], &[]);
+            assert_eq!(driver.wait_used(0), (0, 0));
+            assert!(!is_filled(driver, PAGES / PAGE), "it keeps the page");
+        }),
+    }
 }
 
 fn numbers(pages: &[u32]) -> Vec<u8> {

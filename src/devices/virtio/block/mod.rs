@@ -10,7 +10,7 @@ mod engine;
 mod image;
 mod request;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod worker;
 
 use std::io;

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::bus::BusDevice;
 use crate::metrics::Counter;
 
-use super::super::testing::{Buffer, Driver};
+use super::super::testing::{self, Buffer, Driver};
 use super::*;
 
 const SECTORS: u64 = 64;
@@ -86,6 +86,34 @@ impl Rig {
     fn count(&self, counter: impl Fn(&BlockCounters) -> &Counter) -> u64 {
         counter(&self.counters).get()
     }
+}
+
+/// For tests of all kinds of devices: with two queues, and `None` where the host refuses the engine.
+pub fn rig_of_any_kind(engine: &'static str) -> Option<testing::Rig> {
+    let file = image(SECTORS * SECTOR);
+    let block = Block::open(&config(&file, &format!(",engine={engine}")), 0, 2, &Registry::default()).ok()?;
+    Some(testing::Rig {
+        name: engine,
+        driver: Driver::start(Box::new(block), &[16, 16]),
+        sizes: vec![16, 16],
+        queues: vec![0, 1],
+        stir: Box::new(|| {}),
+        offer: Box::new(|driver| {
+            for queue in 0..2 {
+                let (head, room) = (driver.filled(&header(0, 0)), driver.buffer(32 * 512 + 1));
+                driver.post(queue, &[head], &[room]);
+            }
+        }),
+        works: Box::new(move |driver| {
+            assert_eq!(file.as_file().metadata().unwrap().len(), SECTORS * SECTOR);
+            for queue in 0..2 {
+                let (head, room) = (driver.filled(&header(0, 3)), driver.buffer(513));
+                driver.offer(queue, &[head], &[room]);
+                assert_eq!(driver.wait_used(queue), (0, 513));
+                assert_eq!(driver.bytes(room), [&[3; 512][..], &[OK]].concat());
+            }
+        }),
+    })
 }
 
 const ENGINES: [&str; 3] = [",engine=uring", ",engine=threads", ",engine=threads,direct"];

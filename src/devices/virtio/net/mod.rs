@@ -11,7 +11,7 @@ mod rx;
 mod switch;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod tx;
 mod worker;
 

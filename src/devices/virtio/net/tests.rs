@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::super::testing::Driver;
+use super::super::testing::{Driver, Rig};
 use super::super::{F_VERSION_1, Segment};
 use super::backend::{HEADER, MAX_FRAME, Room, Sent};
 use super::*;
@@ -585,6 +585,41 @@ impl Pairs {
         self.driver.offer(queue, &[command], &[answer]);
         assert_eq!(self.driver.wait_used(queue).1, 1);
         self.driver.bytes(answer)[0]
+    }
+}
+
+/// For tests of all kinds of devices: two pairs, of which the second is off, and the queue for commands.
+pub fn rig() -> Rig {
+    let Pairs { driver, networks: [network, other], .. } = pairs(5, u64::MAX, None);
+    network.set_nonblocking(true).unwrap();
+    let stirring = network.try_clone().unwrap();
+    Rig {
+        name: "net",
+        driver,
+        sizes: vec![16; 5],
+        queues: vec![0, 1, 3, COMMANDS],
+        stir: Box::new(move || {
+            // Where nobody reads, the socket is full one day.
+            let _ = (stirring.send(&frame(60)), &other);
+        }),
+        offer: Box::new(|driver| {
+            let (room, out) = (driver.buffer(2000), driver.filled(&frame(60)));
+            let (command, answer) = (driver.filled(&[4, 0, 1, 0]), driver.buffer(1));
+            driver.post(0, &[], &[room]);
+            driver.post(1, &[out], &[]);
+            driver.post(COMMANDS, &[command], &[answer]);
+        }),
+        works: Box::new(move |driver| {
+            let (room, out) = (driver.buffer(2000), driver.filled(&frame(100)));
+            // What was sent before.
+            while network.recv(&mut [0; 256]).is_ok() {}
+            driver.offer(1, &[out], &[]);
+            assert_eq!(driver.wait_used(1), (0, 0));
+            assert_eq!(network.recv(&mut [0; 256]).unwrap(), HEADER + 100);
+            let _ = network.send(&frame(60));
+            driver.offer(0, &[], &[room]);
+            assert_eq!(driver.wait_used(0), (0, 72));
+        }),
     }
 }
 

@@ -9,7 +9,7 @@ mod muxer;
 mod packet;
 mod socket_file;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod thread;
 mod txbuf;
 

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
-use super::super::testing::{Buffer, Driver};
+use super::super::testing::{Buffer, Driver, Rig};
 use super::credit::BUF_ALLOC;
 use super::muxer::FIRST_STREAM;
 use super::packet::{HEADER_LEN, HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
@@ -209,6 +209,52 @@ impl Guest {
                 ended += 1;
             }
         }
+    }
+}
+
+/// For tests of all kinds of devices.
+pub fn rig() -> Rig {
+    let Guest { driver, _file, dir, .. } = Guest::without_buffers();
+    let path = dir.path().join("v");
+    let mut last = None;
+    // To a port where nobody listens.
+    let request = Header {
+        src_cid: CID.into(),
+        dst_cid: HOST_CID,
+        src_port: 1,
+        dst_port: 80,
+        kind: TYPE_STREAM,
+        op: Op::Request as u16,
+        ..Header::default()
+    };
+    Rig {
+        name: "vsock",
+        driver,
+        sizes: QUEUE_SIZES.to_vec(),
+        // The device has no event to tell, and never looks at the third.
+        queues: vec![0, 1],
+        stir: Box::new(move || _ = last.replace(client(&path, 5))),
+        offer: Box::new(move |driver| {
+            let (room, packet) = (driver.buffer(4096), driver.filled(&request.to_bytes()));
+            driver.post(0, &[], &[room]);
+            driver.post(1, &[packet], &[]);
+        }),
+        works: Box::new(move |driver| {
+            let _keep = (&_file, &dir);
+            let packet = driver.filled(&request.to_bytes());
+            driver.offer(1, &[packet], &[]);
+            assert_eq!(driver.wait_used(1), (0, 0));
+            // Programs that wait for the guest may come first.
+            loop {
+                let room = driver.buffer(4096);
+                driver.offer(0, &[], &[room]);
+                assert!(driver.wait_used(0).1 >= HEADER_LEN as u32);
+                let header = Header::parse(driver.bytes(room)[..HEADER_LEN].try_into().unwrap());
+                if (header.src_port, header.dst_port) == (80, 1) {
+                    return assert_eq!(header.op, Op::Reset as u16);
+                }
+            }
+        }),
     }
 }
 
