@@ -301,6 +301,29 @@ mod tests {
         }
     }
 
+    fn open(disks: usize) -> Result<Devices, DeviceError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let disk = serde_json::json!({ "path": file.path(), "readonly": true });
+        let config = serde_json::json!({ "kernel": { "path": "vmlinux" }, "rng": true, "balloon": "0",
+            "disks": vec![disk; disks] });
+        let config = serde_json::from_value(config).unwrap();
+        Devices::open(&config, &Registry::default(), &mut DeviceControls::default())
+    }
+
+    #[test]
+    fn devices_have_their_places_in_a_stable_order_and_a_bound() {
+        let devices = open(2).unwrap();
+        let ids: Vec<_> = devices.all.iter().map(|(_, device)| device.id()).collect();
+        assert_eq!(ids, ["rng", "disk0", "disk1", "balloon"]);
+        assert!(devices.all.is_sorted_by(|(a, _), (b, _)| a.address < b.address && a.gsi != b.gsi));
+        // With the entropy source and the balloon.
+        assert_eq!(open(MAX_VIRTIO_DEVICES - 2).unwrap().slots().len(), MAX_VIRTIO_DEVICES);
+        for disks in [MAX_VIRTIO_DEVICES - 1, 100] {
+            assert!(matches!(open(disks), Err(DeviceError::TooMany(n)) if n == disks + 2));
+        }
+    }
+
     #[test]
     fn a_device_that_is_not_ready_in_time_is_named_and_all_go_on() {
         let (answer, host) = mpsc::channel();

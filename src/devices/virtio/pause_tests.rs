@@ -16,8 +16,8 @@ use super::balloon::Balloon;
 use super::block::Block;
 use super::console::{Console, ConsoleCounters};
 use super::rng::Rng;
-use super::testing::Driver;
-use super::{VirtioDevice, WorkerControl};
+use super::testing::{Driver, Rig};
+use super::{VirtioDevice, WorkerControl, net, vsock};
 
 /// Long enough for a device that works to do something, far more than once.
 const WHILE: Duration = Duration::from_millis(50);
@@ -167,4 +167,37 @@ fn balloon() {
             }
         });
     }
+}
+
+/// As [`check`], for devices to which things come from outside, too.
+fn check_rig(mut rig: Rig) {
+    let notify = |driver: &mut Driver, queues: &[usize]| queues.iter().for_each(|q| driver.notify(*q));
+    for _ in 0..20 {
+        (0..3).for_each(|_| (rig.offer)(&mut rig.driver));
+        notify(&mut rig.driver, &rig.queues);
+        (rig.stir)();
+        pause(&rig.driver);
+        (rig.offer)(&mut rig.driver);
+        let before = memory(&rig.driver);
+        notify(&mut rig.driver, &rig.queues);
+        (rig.stir)();
+        let begin = Instant::now();
+        while begin.elapsed() < WHILE {
+            std::thread::yield_now();
+        }
+        assert!(memory(&rig.driver) == before, "a paused device has written guest memory");
+        workers(&rig.driver).iter().for_each(WorkerControl::resume);
+        rig.driver.wait("it does not go on", |d| (memory(d) != before).then_some(()));
+        rig.start_again();
+    }
+}
+
+#[test]
+fn net() {
+    check_rig(net::tests::rig());
+}
+
+#[test]
+fn vsock() {
+    check_rig(vsock::tests::rig());
 }

@@ -181,6 +181,39 @@ fn nothing_lies_behind_the_end() {
     }
 }
 
+/// The guest changes a header while it is read: what was checked is what is done, so the file keeps its length and all
+/// but the sector that a good header names.
+#[test]
+fn a_header_that_changes_meanwhile_is_good_or_bad() {
+    for mut rig in rigs() {
+        let before = rig.on_host();
+        let d = &mut rig.driver;
+        let (head, data, status) = (d.filled(&header(1, 0)), d.filled(&[0x55; 1024]), d.buffer(1));
+        let (memory, over) = (d.memory.clone(), std::sync::atomic::AtomicBool::new(false));
+        let mut seen = [0; 2];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Good; over the end; behind the end, where the product with a sector's length would wrap to 0.
+                for sector in [0u64, SECTORS - 1, 1 << 55].into_iter().cycle() {
+                    memory.guest().write_obj(sector, GuestAddress(head.0 + 8)).unwrap();
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            for _ in 0..2000 {
+                d.offer(0, &[head, data], &[status]);
+                d.wait_used(0);
+                seen[usize::from(d.bytes(status)[0])] += 1;
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        assert!(seen.iter().all(|count| *count > 0), "good and bad ones: {seen:?}");
+        let after = rig.on_host();
+        assert!(after.len() == before.len() && after[1024..] == before[1024..]);
+    }
+}
+
 #[test]
 fn parts_of_sectors_are_refused() {
     let mut rig = rig("");

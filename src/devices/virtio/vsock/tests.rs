@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -446,6 +447,49 @@ fn a_header_that_claims_too_much_ends_its_connection() {
         is_at_end(&mut stream);
         assert_eq!(guest.counters.dropped.get(), 1);
     }
+}
+
+/// Pitfall 12: the length that is checked is the length that is used, also where the guest changes it meanwhile.
+#[test]
+fn a_header_that_changes_meanwhile_is_good_or_bad() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(80);
+    let packet = guest.driver.buffer(HEADER_LEN as u32 + 8);
+    let (memory, over) = (guest.driver.memory.clone(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for len in [8u32, 4096, 1 << 30].into_iter().cycle() {
+                memory.guest().write_obj(len, GuestAddress(packet.0 + 24)).unwrap();
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        let (mut good, mut bad, begin) = (0, 0, Instant::now());
+        // On a busy machine the other thread may not run for a while.
+        for port in 0.. {
+            if port >= 200 && good > 0 && bad > 0 || begin.elapsed() > Duration::from_secs(20) {
+                break;
+            }
+            let mut stream = guest.connect(&listener, (80, port));
+            let header = Header { len: 8, ..guest.header((80, port), Op::Data) };
+            memory.guest().write_slice(&header.to_bytes(), GuestAddress(packet.0)).unwrap();
+            memory.guest().write_slice(&[7; 8], GuestAddress(packet.0 + HEADER_LEN as u64)).unwrap();
+            guest.offer(&[packet]);
+            guest.send((80, port), Op::Reset);
+            let mut got = Vec::new();
+            let _ = stream.read_to_end(&mut got);
+            assert!(got.is_empty() || got == [7; 8], "{} bytes of 8", got.len());
+            if got.is_empty() {
+                bad += 1
+            } else {
+                good += 1
+            }
+            while guest.try_receive().is_some() {}
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(good > 0 && bad > 0, "{good} good ones, {bad} bad ones");
+    });
 }
 
 #[test]
