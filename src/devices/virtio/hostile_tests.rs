@@ -271,3 +271,34 @@ fn hostile_drivers_cost_neither_memory_nor_time() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("1 passed"), "{text}{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// The number of an item of docs/conformance.md, and the tests that it names, with their whole names.
+fn row(line: &str) -> Option<(u32, Vec<String>)> {
+    let cells: Vec<_> = line.strip_prefix("| ")?.split(" | ").collect();
+    let [number, _, tests] = cells[..] else { return None };
+    let names = tests.split('`').filter(|text| text.contains("::"));
+    Some((number.parse().ok()?, names.map(str::to_string).collect()))
+}
+
+/// The page names every item once and no test that does not exist, and every test of this file stands on it.
+#[test]
+fn the_page_names_tests_that_exist() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/conformance.md")).unwrap();
+    let output = Command::new(std::env::current_exe().unwrap()).arg("--list").output().unwrap();
+    let list = String::from_utf8(output.stdout).unwrap();
+    let existing: Vec<_> = list.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    let exists =
+        |name: &str| existing.contains(&name) || existing.contains(&&*format!("devices::virtio::{name}"));
+    let rows: Vec<_> = page.lines().filter_map(row).collect();
+    let mut numbers: Vec<_> = rows.iter().map(|(number, _)| *number).collect();
+    numbers.sort_unstable();
+    assert!(numbers.iter().copied().eq(0..=49), "items: {numbers:?}");
+    for (number, names) in &rows {
+        let missing: Vec<_> = names.iter().filter(|name| !exists(name)).collect();
+        assert!(missing.is_empty(), "docs/conformance.md, item {number}: no tests {missing:?}");
+    }
+    let own = existing.iter().filter_map(|name| name.strip_prefix("devices::virtio::hostile_tests::"));
+    for name in own {
+        assert!(page.contains(&format!("`hostile_tests::{name}`")), "{name} is not on docs/conformance.md");
+    }
+}

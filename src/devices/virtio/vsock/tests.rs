@@ -472,8 +472,10 @@ fn a_header_that_changes_meanwhile_is_good_or_bad() {
                 break;
             }
             let mut stream = guest.connect(&listener, (80, port));
-            let header = Header { len: 8, ..guest.header((80, port), Op::Data) };
-            memory.guest().write_slice(&header.to_bytes(), GuestAddress(packet.0)).unwrap();
+            // All but the length, which is the other thread's.
+            let header = guest.header((80, port), Op::Data).to_bytes();
+            memory.guest().write_slice(&header[..24], GuestAddress(packet.0)).unwrap();
+            memory.guest().write_slice(&header[28..], GuestAddress(packet.0 + 28)).unwrap();
             memory.guest().write_slice(&[7; 8], GuestAddress(packet.0 + HEADER_LEN as u64)).unwrap();
             guest.offer(&[packet]);
             guest.send((80, port), Op::Reset);
