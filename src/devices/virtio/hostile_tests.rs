@@ -245,9 +245,13 @@ fn cost_nothing() {
     let before = own_memory();
     (0..5).for_each(|_| attack_in_every_way(&mut rigs));
     let after = own_memory();
-    assert!(after <= before + 1024, "memory grows: {before} KiB, then {after}");
+    // The allocator's own moves are a third of that.
+    assert!(after <= before + 384, "memory grows: {before} KiB, then {after}");
     for rig in &mut rigs {
         attack(rig, rig.queues[0], &ATTACKS[0]);
+        // What comes now is nobody's to serve.
+        (0..rig.sizes.len()).for_each(|q| rig.driver.notify(q));
+        (rig.stir)();
     }
     let before = own_ticks();
     std::thread::sleep(Duration::from_millis(500));
