@@ -25,6 +25,8 @@ const GUEST_ECHO: u32 = 5;
 const HOST_ECHO: u32 = 9000;
 /// Far longer than a balloon takes in the slowest host.
 const LONG: Duration = Duration::from_secs(120);
+/// What Linux says once where a vCPU had no processor for a while, as in an emulated host: no device's doing.
+const SLOW_HOST: &str = "hrtimer: interrupt took";
 /// What the allocator may hold on to, or the threads of a queue touch late.
 const GROWTH_KIB: u64 = 512;
 
@@ -241,7 +243,9 @@ fn mixed(name: &str, file: &str) {
             child.stdin.take().unwrap().write_all(b"end\n").unwrap();
             let output = child.wait_with_output().unwrap();
             text.push_str(&stdout(&output));
-            println!("{text}echoes={} balloon={rounds} own={own:?} KiB", load.echoes.load(Ordering::SeqCst));
+            let (least, most) = (own.iter().min(), own.iter().max());
+            println!("{text}echoes={} balloon={rounds}", load.echoes.load(Ordering::SeqCst));
+            println!("the VMM has {least:?} to {most:?} KiB of its own, in {} samples", own.len());
             status(&output, 0);
             assert_eq!(own_stderr(&output), "");
             assert_eq!(fact(&text, "transferred"), sum, "{text}");
@@ -249,7 +253,8 @@ fn mixed(name: &str, file: &str) {
                 assert!(fact(&text, work).parse::<u64>().unwrap() > 0, "{work}: {text}");
             }
             assert!(rounds > 0 && load.echoes.load(Ordering::SeqCst) > 0);
-            let complaints: Vec<_> = text.lines().filter(|l| l.contains("kernel: ")).collect();
+            let complaints = text.lines().filter(|l| l.contains("kernel: ") && !l.contains(SLOW_HOST));
+            let complaints: Vec<_> = complaints.collect();
             assert!(complaints.is_empty(), "the guest's log: {complaints:#?}");
             assert_printed(&load.path("hvc0"), fact(&text, "console").parse().unwrap());
             assert_no_growth(&own);

@@ -483,9 +483,9 @@ fn a_header_that_changes_meanwhile_is_good_or_bad() {
             let _ = stream.read_to_end(&mut got);
             assert!(got.is_empty() || got == [7; 8], "{} bytes of 8", got.len());
             if got.is_empty() {
-                bad += 1
+                bad += 1;
             } else {
-                good += 1
+                good += 1;
             }
             while guest.try_receive().is_some() {}
         }
