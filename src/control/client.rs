@@ -79,7 +79,8 @@ impl Client {
         match open(&path) {
             Ok(stream) => Ok(Self { name: name.into(), path, stream }),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => Err(ClientError::NoVm(name.into())),
-            Err(Errno::CONNREFUSED) if !is_socket(&path) => Err(ClientError::NotASocket(path)),
+            // ROFS: a file of a read-only file system is refused before it is asked whether it is a socket.
+            Err(Errno::CONNREFUSED | Errno::ROFS) if !is_socket(&path) => Err(ClientError::NotASocket(path)),
             Err(Errno::CONNREFUSED) => Err(ClientError::Dead { name: name.into(), path }),
             Err(e) => Err(ClientError::Socket { name: name.into(), path, source: e.into() }),
         }
