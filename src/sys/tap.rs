@@ -20,24 +20,10 @@ const SET_HEADER_SIZE: libc::Ioctl = 0x4004_54d8_u32 as libc::Ioctl;
 /// `TUNSETQUEUE`.
 const SET_QUEUE: libc::Ioctl = 0x4004_54d9_u32 as libc::Ioctl;
 
-const IFF_TAP: u16 = 0x0002;
-const IFF_NO_PI: u16 = 0x1000;
-const IFF_VNET_HDR: u16 = 0x4000;
-const IFF_MULTI_QUEUE: u16 = 0x0100;
-const IFF_ATTACH_QUEUE: u16 = 0x0200;
-const IFF_DETACH_QUEUE: u16 = 0x0400;
 /// `SIOCETHTOOL`.
 const ETHTOOL: libc::Ioctl = 0x8946;
 /// `ETHTOOL_GLINK`.
 const GET_LINK: u32 = 0x0a;
-
-/// `struct ifreq`, of which name and flags are used here.
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; 16],
-    flags: u16,
-    rest: [u8; 22],
-}
 
 /// `struct ethtool_value`.
 #[repr(C)]
@@ -46,16 +32,22 @@ struct EthtoolValue {
     value: u32,
 }
 
-impl InterfaceRequest {
-    fn new(name: &str, flags: u16) -> io::Result<Self> {
-        let mut request = Self { name: [0; 16], flags, rest: [0; 22] };
-        // With a NUL behind it.
-        if name.len() >= request.name.len() {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        request.name[..name.len()].copy_from_slice(name.as_bytes());
-        Ok(request)
+/// A request about interface `name`.
+fn request(name: &str, what: libc::__c_anonymous_ifr_ifru) -> io::Result<libc::ifreq> {
+    let mut request = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: what };
+    // With a NUL behind it.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn with_flags(flags: libc::c_int) -> libc::__c_anonymous_ifr_ifru {
+    // The kernel's field is as wide as the flags of a tap.
+    libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short }
 }
 
 /// How many queues a tap was made for.
@@ -91,12 +83,9 @@ pub fn open_device() -> io::Result<File> {
 pub fn is_running(name: &str) -> io::Result<bool> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut link = EthtoolValue { command: GET_LINK, value: 0 };
-    let mut request = InterfaceRequest::new(name, 0)?;
-    // `ifr_data`, which begins where the flags do.
-    let address = (&raw mut link as u64).to_ne_bytes();
-    request.flags = u16::from_ne_bytes([address[0], address[1]]);
-    request.rest[..6].copy_from_slice(&address[2..]);
-    // SAFETY: the kernel reads an `ifreq`, which `request` is in size and layout, and with this command reads and writes
+    let what = libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut link).cast() };
+    let mut request = request(name, what)?;
+    // SAFETY: the kernel reads an `ifreq`, and with this command reads and writes
     // the eight bytes of `link`, which lives until the call returns.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), ETHTOOL, &raw mut request) })?;
     Ok(link.value != 0)
@@ -108,9 +97,9 @@ pub fn is_running(name: &str) -> io::Result<bool> {
 /// # Errors
 /// The tap is busy, not ours, or no tap for so many queues.
 pub fn attach(device: &File, name: &str, queues: Queues, header: libc::c_int) -> io::Result<()> {
-    let many = if queues == Queues::Many { IFF_MULTI_QUEUE } else { 0 };
-    let mut request = InterfaceRequest::new(name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | many)?;
-    // SAFETY: the kernel reads and writes an `ifreq`, which `request` is in size and layout.
+    let many = if queues == Queues::Many { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut request = request(name, with_flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | many))?;
+    // SAFETY: the kernel reads and writes an `ifreq`.
     check(unsafe { libc::ioctl(device.as_raw_fd(), SET_INTERFACE, &raw mut request) })?;
     // SAFETY: the kernel reads an int.
     check(unsafe { libc::ioctl(device.as_raw_fd(), SET_HEADER_SIZE, &raw const header) })
@@ -122,8 +111,8 @@ pub fn attach(device: &File, name: &str, queues: Queues, header: libc::c_int) ->
 /// # Errors
 /// It is so already, or the tap is gone.
 pub fn use_queue(device: BorrowedFd<'_>, on: bool) -> io::Result<()> {
-    let request = InterfaceRequest::new("", if on { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE })?;
-    // SAFETY: the kernel reads an `ifreq`, which `request` is in size and layout.
+    let request = request("", with_flags(if on { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE }))?;
+    // SAFETY: the kernel reads an `ifreq`.
     check(unsafe { libc::ioctl(device.as_raw_fd(), SET_QUEUE, &raw const request) })
 }
 

@@ -281,9 +281,7 @@ impl ConsoleWorker {
                 let (count, last) = self.port.take(&mut bytes[..room]);
                 self.chain.write(memory, 0, &bytes[..count])?;
                 queue.push_used(memory, self.chain.head(), count as u32)?;
-                if queue.publish(memory)? {
-                    self.interrupt.used_buffer();
-                }
+                queue.publish_to(memory, &self.interrupt)?;
                 if last {
                     let _ = self.port.0.drained.write(1);
                 }
@@ -318,9 +316,7 @@ impl ConsoleWorker {
                 self.print_chain(memory)?;
                 let queue = &mut self.from_guest.queue;
                 queue.push_used(memory, self.chain.head(), 0)?;
-                if queue.publish(memory)? {
-                    self.interrupt.used_buffer();
-                }
+                queue.publish_to(memory, &self.interrupt)?;
             } else if !self.from_guest.queue.enable_notify(memory)? {
                 return Ok(());
             }

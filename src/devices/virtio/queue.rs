@@ -12,6 +12,7 @@ use vm_memory::{
 };
 
 use super::chain::{Chain, Segment};
+use super::interrupt::Interrupt;
 
 /// The largest queue that virtio allows (§2.7), a power of two.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -321,6 +322,17 @@ impl Queue {
         let place = self.setup.available + RING_HEADER + AVAIL_ELEMENT * u64::from(self.setup.size);
         let event = u16::from_le(memory.load(GuestAddress(place), Ordering::Relaxed)?);
         Ok(passed(event, old, new))
+    }
+
+    /// [`Queue::publish`], and the interrupt where the guest wants it.
+    ///
+    /// # Errors
+    /// As for [`Queue::push_used`].
+    pub fn publish_to(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
+        if self.publish(memory)? {
+            interrupt.used_buffer();
+        }
+        Ok(())
     }
 
     /// Asks the guest not to notify while the queue is being served (a wish: §2.7.10).

@@ -147,9 +147,7 @@ impl RngWorker {
                 self.chain.write(memory, 0, &bytes[..filled])?;
                 self.bytes.add(filled as u64);
                 queue.push_used(memory, self.chain.head(), filled as u32)?;
-                if queue.publish(memory)? {
-                    self.interrupt.used_buffer();
-                }
+                queue.publish_to(memory, &self.interrupt)?;
             } else if !queue.enable_notify(memory)? {
                 return Ok(());
             }

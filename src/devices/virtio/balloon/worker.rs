@@ -120,9 +120,7 @@ fn serve_queue(
         if queue.pop(memory, chain)? {
             handle(chain)?;
             queue.push_used(memory, chain.head(), 0)?;
-            if queue.publish(memory)? {
-                interrupt.used_buffer();
-            }
+            queue.publish_to(memory, interrupt)?;
             if begin.elapsed() > TURN {
                 break;
             }
@@ -202,9 +200,7 @@ impl Stats {
     fn ask(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
         let Some(head) = self.waiting.take() else { return Ok(()) };
         self.requests.queue.push_used(memory, head, 0)?;
-        if self.requests.queue.publish(memory)? {
-            interrupt.used_buffer();
-        }
+        self.requests.queue.publish_to(memory, interrupt)?;
         Ok(())
     }
 }

@@ -334,9 +334,7 @@ impl BlockWorker {
                 break;
             }
         }
-        if self.queue.queue.publish(self.memory.guest())? {
-            self.interrupt.used_buffer();
-        }
+        self.queue.queue.publish_to(self.memory.guest(), &self.interrupt)?;
         Ok(())
     }
 

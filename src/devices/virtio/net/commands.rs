@@ -38,9 +38,7 @@ impl Commands {
             if self.queue.queue.pop(memory, &mut self.chain)? {
                 let written = self.one(memory)?;
                 self.queue.queue.push_used(memory, self.chain.head(), written)?;
-                if self.queue.queue.publish(memory)? {
-                    interrupt.used_buffer();
-                }
+                self.queue.queue.publish_to(memory, interrupt)?;
             } else if !self.queue.queue.enable_notify(memory)? {
                 return Ok(());
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Segment};
+use super::super::{ActiveQueue, Chain, QueueError, Segment};
 use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, scatter};
 use super::worker::Context;
 use super::{F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, F_MTU, NetCounters};
@@ -87,7 +87,7 @@ impl Rx {
             self.hold(memory, wanted)?;
             if self.held.is_empty() || self.pending.is_some_and(|p| p.len > self.capacity) {
                 self.drop_endless(context.counters);
-                self.publish(memory, interrupt)?;
+                self.queue.queue.publish_to(memory, interrupt)?;
                 if self.queue.queue.enable_notify(memory)? {
                     continue;
                 }
@@ -96,12 +96,12 @@ impl Rx {
             match self.one(context, backend)? {
                 None => {}
                 Some(end) => {
-                    self.publish(memory, interrupt)?;
+                    self.queue.queue.publish_to(memory, interrupt)?;
                     return Ok(end);
                 }
             }
         }
-        self.publish(memory, interrupt)?;
+        self.queue.queue.publish_to(memory, interrupt)?;
         self.queue.serve_again();
         Ok(RxEnd::Idle)
     }
@@ -211,13 +211,6 @@ impl Rx {
         if self.segments.len() >= MAX_HELD && self.pending.take().is_some() {
             counters.rx_dropped.increment();
         }
-    }
-
-    fn publish(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
-        if self.queue.queue.publish(memory)? {
-            interrupt.used_buffer();
-        }
-        Ok(())
     }
 
     /// Puts back what was taken and not filled, last first.

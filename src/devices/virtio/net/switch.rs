@@ -6,6 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sys::event::new_event;
+
 /// The switch of one pair, which the control queue's thread turns and the pair's thread looks at.
 pub(super) struct Switch {
     is_on: Mutex<bool>,
@@ -15,8 +17,7 @@ pub(super) struct Switch {
 impl Switch {
     /// A switch that is off.
     pub(super) fn new() -> io::Result<Self> {
-        let turned = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        Ok(Self { is_on: Mutex::new(false), turned })
+        Ok(Self { is_on: Mutex::new(false), turned: new_event()? })
     }
 
     /// Turns it. When this returns, a pair that is off receives nothing more (§5.1.6.5.6.1): its thread holds the lock

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::super::{ActiveQueue, Chain, Interrupt, QueueError};
+use super::super::{ActiveQueue, Chain, QueueError};
 use super::NetCounters;
 use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Sent, is_gone};
 use super::worker::Context;
@@ -47,7 +47,7 @@ impl Tx {
         let mut end = TxEnd::Idle;
         for _ in 0..self.queue.queue.size() {
             if !self.queue.queue.pop(memory, &mut self.chain)? {
-                self.publish(memory, interrupt)?;
+                self.queue.queue.publish_to(memory, interrupt)?;
                 if self.queue.queue.enable_notify(memory)? {
                     continue;
                 }
@@ -56,7 +56,7 @@ impl Tx {
             if let Err(wait) = context.limit.take(self.chain.readable_len().into()) {
                 counters.throttled.increment();
                 self.queue.queue.undo_pop(&self.chain);
-                self.publish(memory, interrupt)?;
+                self.queue.queue.publish_to(memory, interrupt)?;
                 return Ok(TxEnd::Throttled(wait));
             }
             let sent = Self::send(memory, &self.chain, &mut backend, counters);
@@ -67,13 +67,13 @@ impl Tx {
             match sent {
                 Ok(Sent::Done) => {}
                 Ok(Sent::Wait | Sent::Kept) => {
-                    self.publish(memory, interrupt)?;
+                    self.queue.queue.publish_to(memory, interrupt)?;
                     return Ok(TxEnd::Wait);
                 }
                 Err(Gone) => (backend, end) = (None, TxEnd::Gone),
             }
         }
-        self.publish(memory, interrupt)?;
+        self.queue.queue.publish_to(memory, interrupt)?;
         self.queue.serve_again();
         Ok(end)
     }
@@ -102,12 +102,5 @@ impl Tx {
                 if is_gone(&e) { Err(Gone) } else { Ok(Sent::Done) }
             }
         }
-    }
-
-    fn publish(&mut self, memory: &GuestMemoryMmap, interrupt: &Interrupt) -> Result<(), QueueError> {
-        if self.queue.queue.publish(memory)? {
-            interrupt.used_buffer();
-        }
-        Ok(())
     }
 }

@@ -166,9 +166,7 @@ impl VsockThread {
                 break;
             }
         }
-        if self.tx.queue.publish(memory)? {
-            self.interrupt.used_buffer();
-        }
+        self.tx.queue.publish_to(memory, &self.interrupt)?;
         if !is_done {
             self.tx.serve_again();
         }
@@ -219,9 +217,7 @@ impl VsockThread {
                 break;
             }
         }
-        if self.rx.queue.publish(memory)? {
-            self.interrupt.used_buffer();
-        }
+        self.rx.queue.publish_to(memory, &self.interrupt)?;
         if !is_done {
             self.rx.serve_again();
         }
