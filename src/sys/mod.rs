@@ -7,6 +7,7 @@ pub mod file_io;
 pub mod guest_iovec;
 pub mod lock;
 pub mod mapping;
+pub mod program;
 pub mod signals;
 pub mod socket_file;
 pub mod syscalls;

@@ -19,6 +19,7 @@ use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError};
 use crate::sys::event::new_event;
+use crate::sys::program::release_code;
 use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
@@ -224,6 +225,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
         manager.add_subscriber(Box::new(console.clone()));
         consoles.push(console);
     }
+    release_code();
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
     confined.confine_thread(vmm.kind)?;
 
