@@ -1,9 +1,15 @@
-//! Standard input and output, where the console came with a module.
+//! The console: standard input and output.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+use rustix::termios::tcdrain;
+
+/// Waits until the console has taken what was printed: what the kernel still holds of it ends with the machine.
+pub fn drain() {
+    let _ = tcdrain(std::io::stdout());
+}
 
 /// Opens the console again. The kernel opened it before there were modules: where the only one is virtio's there was
 /// nothing to open, and where that is the last of two it was the other one.

@@ -44,6 +44,7 @@ fn main() {
     mark(Phase::InitReady);
     let status = run(std::env::args_os().skip(1).collect(), &mark);
     mark(Phase::WorkloadEnd);
+    console::drain();
     tell_status(status);
     end();
 }
