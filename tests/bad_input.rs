@@ -679,6 +679,18 @@ fn no_passt_installed() {
     assert_fails(&output, 1, &["--net user", "no passt", "apt-get install passt"]);
 }
 
+/// It is in this folder, and hangs.
+#[test]
+fn a_passt_that_is_never_ready() {
+    let host = Host::new();
+    let passt = host.file("passt", b"#!/bin/sh\nexec sleep 1000\n");
+    std::fs::set_permissions(&passt, Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", host.dir.path().display());
+    let output =
+        host.boot(&host.kernel(&power_off()), &["--net", "user"]).env("PATH", path).output().unwrap();
+    assert_fails(&output, 1, &["--net user", "not ready", "10s"]);
+}
+
 #[test]
 fn a_published_port_that_is_taken() {
     let host = Host::new();
@@ -714,6 +726,8 @@ fn network_options_that_are_none() {
         ("tap", &["\"tap\"", "tap=NAME"]),
         ("user=me", &["\"user=me\"", "tap=NAME"]),
         ("user,", &["unknown option \"\"", "mac=MAC", "iops=N"]),
+        ("tap=a,host-loopback", &["--net tap=a,host-loopback", "only user mode"]),
+        ("user,host-loopback=1", &["\"host-loopback=1\"", "host-loopback"]),
         ("user,queues=2", &["\"queues=2\"", "mac=MAC", "bandwidth=SIZE"]),
         ("user,mac=1", &["mac \"1\"", "six pairs", "02:00:00:00:00:01"]),
         ("user,mac=+2:00:00:00:00:00", &["six pairs"]),

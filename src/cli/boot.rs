@@ -107,8 +107,9 @@ pub struct BootArgs {
     #[arg(long, value_name = "cid=N,socket=PATH",
         value_parser = OsStringValueParser::new().try_map(|text| VsockConfig::parse(&text)))]
     vsock: Option<VsockConfig>,
-    /// A network card, on a tap or in user mode (without root, through passt); again for more
-    #[arg(long, value_name = "tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE]")]
+    /// A network card, on a tap or in user mode (without root, through passt); again for more. Options: mac=MAC, iops=N,
+    /// bandwidth=SIZE, and for user mode host-loopback: the router's address leads to servers on this host
+    #[arg(long, value_name = "tap=NAME|user[,OPTION…]")]
     net: Vec<NetConfig>,
     /// Lead a port of the host's to one of the guest's, with --net user; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]

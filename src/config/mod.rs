@@ -289,6 +289,11 @@ pub enum ConfigError {
     /// Nothing would ever pass.
     #[error("--net iops=0 or bandwidth=0: give the card something, or leave the limit out")]
     NetLimit,
+    /// A tap leads where its host says.
+    #[error(
+        "--net tap={0},host-loopback: only user mode has this option: routes and a firewall say what a tap leads to"
+    )]
+    NetLoopback(String),
     /// A port leads to nobody.
     #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
     PublishWithoutUser(Publish),

@@ -27,6 +27,13 @@ pub struct NetConfig {
     /// The most bytes a second in each direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Size>,
+    /// In user mode: the router's address leads to the host, also to servers that listen on its loopback address alone.
+    #[serde(skip_serializing_if = "is_false")]
+    pub host_loopback: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// What a network card is connected to.
@@ -123,6 +130,9 @@ impl NetConfig {
             return Err(ConfigError::NetLimit);
         }
         let NetBackend::Tap(name) = &self.backend else { return Ok(()) };
+        if self.host_loopback {
+            return Err(ConfigError::NetLoopback(name.clone()));
+        }
         let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         let good = (1..=MAX_TAP_NAME).contains(&name.len()) && name != "." && name != "..";
         if good && !name.contains(bad) { Ok(()) } else { Err(ConfigError::TapName(name.clone())) }
@@ -139,7 +149,7 @@ pub enum ParseNetError {
     #[error("{0:?} is no network: write tap=NAME or user in front")]
     Backend(String),
     /// An option behind it.
-    #[error("unknown option {0:?}: allowed are mac=MAC, iops=N and bandwidth=SIZE")]
+    #[error("unknown option {0:?}: allowed are mac=MAC, iops=N, bandwidth=SIZE and host-loopback")]
     Option(String),
     /// No number of frames.
     #[error("iops={0}: allowed are whole numbers from 1, as in iops=1000")]
@@ -149,7 +159,7 @@ pub enum ParseNetError {
     Bandwidth(#[from] ParseSizeError),
 }
 
-/// `tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE]`
+/// `tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE][,host-loopback]`
 impl FromStr for NetConfig {
     type Err = ParseNetError;
 
@@ -161,12 +171,13 @@ impl FromStr for NetConfig {
             Some(("tap", name)) => NetBackend::Tap(name.into()),
             _ => return Err(ParseNetError::Backend(first.into())),
         };
-        let mut net = Self { backend, mac: None, iops: None, bandwidth: None };
+        let mut net = Self { backend, mac: None, iops: None, bandwidth: None, host_loopback: false };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) => net.mac = Some(mac.parse()?),
                 Some(("iops", number)) => net.iops = Some(parse_number(number)?),
                 Some(("bandwidth", size)) => net.bandwidth = Some(size.parse()?),
+                None if part == "host-loopback" => net.host_loopback = true,
                 _ => return Err(ParseNetError::Option(part.into())),
             }
         }
@@ -189,6 +200,8 @@ impl<'de> Deserialize<'de> for NetConfig {
             mac: Option<Mac>,
             iops: Option<u64>,
             bandwidth: Option<Size>,
+            #[serde(default)]
+            host_loopback: bool,
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
@@ -200,9 +213,9 @@ impl<'de> Deserialize<'de> for NetConfig {
                 v.parse().map_err(E::custom)
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<NetConfig, A::Error> {
-                let Fields { backend, mac, iops, bandwidth } =
+                let Fields { backend, mac, iops, bandwidth, host_loopback } =
                     Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                Ok(NetConfig { backend, mac, iops, bandwidth })
+                Ok(NetConfig { backend, mac, iops, bandwidth, host_loopback })
             }
         }
         d.deserialize_any(Visitor)
@@ -345,6 +358,9 @@ mod tests {
             serde_json::from_str("\"tap=t0,mac=02:00:00:00:00:01,iops=10,bandwidth=1M\"").unwrap();
         let text = serde_json::to_string(&json).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), json);
+        let user: NetConfig = serde_json::from_str("\"user,host-loopback\"").unwrap();
+        assert!(user.host_loopback && !json.host_loopback);
+        assert_eq!(serde_json::from_str::<NetConfig>(&serde_json::to_string(&user).unwrap()).unwrap(), user);
     }
 
     #[test]

@@ -220,7 +220,7 @@ fn open_nets(
                 (queues.map(|queue| Box::new(queue) as _).collect(), format!("tap={name}"))
             }
             NetBackend::User => {
-                let passt = Passt::start(std::mem::take(&mut publish))?;
+                let passt = Passt::start(std::mem::take(&mut publish), net.host_loopback)?;
                 (vec![Box::new(passt)], "user".into())
             }
         };

@@ -16,6 +16,8 @@ use super::{boot, boot_with, fact, read_until, sha256, status};
 /// The host's router, which passt answers for; the host's own address, which passt gives to the guest.
 const ROUTER: &str = "10.77.0.1";
 const OWN: &str = "10.77.0.2";
+/// Another address of the host, where its name server is.
+const NAMES: &str = "10.77.9.1";
 
 /// Runs `test` in a network and a mount table of its own.
 pub fn in_own_network(test: impl FnOnce() + Send) {
@@ -198,9 +200,10 @@ fn net_tap_tuned() {
 fn add_route_and_names(host: &Host) {
     add_tap("route0", OWN);
     run(&format!("ip route add default via {ROUTER}"));
-    let names = host.file("resolv.conf", b"nameserver 127.0.0.1\n");
+    run(&format!("ip addr add {NAMES}/32 dev lo"));
+    let names = host.file("resolv.conf", format!("nameserver {NAMES}\n").as_bytes());
     run(&format!("mount --bind {} /etc/resolv.conf", names.display()));
-    let socket = UdpSocket::bind("127.0.0.1:53").unwrap();
+    let socket = UdpSocket::bind("0.0.0.0:53").unwrap();
     // It ends with the test program.
     thread::spawn(move || answer_names(&socket));
 }
@@ -253,8 +256,11 @@ fn user_transfers((name, file, discovery): (&str, &str, &str), address: &str, ke
         let (host, server) = (Host::new(), Server::new(transfer_mib()));
         add_route_and_names(&host);
         let metrics = host.dir.path().join("metrics.json");
-        let flags =
-            [&TIME[..], &["--net", "user", "-p", "127.0.0.1:8080:80", "--discovery", discovery]].concat();
+        let flags = [
+            &TIME[..],
+            &["--net", "user,host-loopback", "-p", "127.0.0.1:8080:80", "--discovery", discovery],
+        ]
+        .concat();
         let words = format!("net-user {address} {ROUTER}");
         let mut command = with_room(boot_with(name, file, kernel_words, &words, &flags));
         command.arg("--metrics").arg(&metrics).stdin(Stdio::piped());
@@ -291,6 +297,27 @@ fn net_user_stock_6_1_by_dhcp() {
 fn net_user_tuned_by_the_kernels_own_words() {
     let words = format!("ip={OWN}::{ROUTER}:255.255.255.0::eth0:off");
     user_transfers(("tuned", "vmlinux", "cmdline"), OWN, &words);
+}
+
+/// A server on the host's loopback address is out of reach unless the user wants it.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn net_user_keeps_the_hosts_loopback_to_itself() {
+    in_own_network(|| {
+        let host = Host::new();
+        add_route_and_names(&host);
+        let server = TcpListener::bind("127.0.0.1:8000").unwrap();
+        server.set_nonblocking(true).unwrap();
+        for (net, reached) in [("user", "no"), ("user,host-loopback", "yes")] {
+            let words = format!("net-apart {ROUTER}");
+            let output = boot("tuned", "vmlinux", &words, &["--net", net]).output().unwrap();
+            status(&output, 0);
+            let text = stdout(&output);
+            assert_eq!(fact(&text, "resolved"), ROUTER, "{net}: {text}");
+            assert_eq!(fact(&text, "reached"), reached, "{net}: {text}");
+            assert_eq!(server.accept().is_ok(), reached == "yes", "{net}");
+        }
+    });
 }
 
 /// passt ends with a VM that is killed, and a passt that is killed takes the guest's link alone.

@@ -3,12 +3,15 @@
 //! Frames go over a stream as in QEMU's `-netdev stream`: four bytes of length, most significant first, and the frame.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::FdFlags;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -26,6 +29,12 @@ const BUFFER: usize = 128 << 10;
 /// What passt tells guests by DHCP: the largest IP packet that is a multiple of four bytes.
 const MTU: u16 = 65520;
 
+/// passt is ready within milliseconds.
+const READY_BOUND: Duration = Duration::from_secs(10);
+/// Where the guest asks for names instead of at the host's loopback address, with a passt later than Debian 12's. A
+/// link-local address, which no route leads to.
+const NAME_SERVER: &str = "169.254.1.1";
+
 /// User mode cannot be had.
 #[derive(Debug, Error)]
 pub enum PasstError {
@@ -41,6 +50,11 @@ pub enum PasstError {
          host, or use --net tap=NAME"
     )]
     NoRoute,
+    /// It hangs.
+    #[error(
+        "--net user: passt was not ready after {READY_BOUND:?}: see what it says by itself (passt --foreground)"
+    )]
+    Slow,
     /// It ended.
     #[error("--net user: passt ended at once: {0}")]
     Ended(String),
@@ -58,14 +72,14 @@ pub struct Passt {
 }
 
 impl Passt {
-    /// Starts `passt`.
+    /// Starts `passt`. With `host_loopback` the router's address leads to the host, its loopback address included.
     ///
     /// # Errors
     /// It is not there, or a port is taken.
-    pub fn start(publish: &[Publish]) -> Result<Self, PasstError> {
+    pub fn start(publish: &[Publish], host_loopback: bool) -> Result<Self, PasstError> {
         publish.iter().try_for_each(check_port)?;
         let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
-        run(&theirs, publish)?;
+        run(&theirs, publish, host_loopback)?;
         Self::over(ours).map_err(PasstError::Start)
     }
 
@@ -101,7 +115,7 @@ fn check_port(publish: &Publish) -> Result<(), PasstError> {
 
 /// Runs passt, which goes to the background once it is ready, and ends when the other end of `socket` is closed: with
 /// the VM, however that ends.
-fn run(socket: &UnixStream, publish: &[Publish]) -> Result<(), PasstError> {
+fn run(socket: &UnixStream, publish: &[Publish], host_loopback: bool) -> Result<(), PasstError> {
     // It reads what the guest sends, so it gets nothing of what our caller has left open or told us: where programs are,
     // and one descriptor.
     if let Err(e) = confinement::close_all_on_exec() {
@@ -112,15 +126,52 @@ fn run(socket: &UnixStream, publish: &[Publish]) -> Result<(), PasstError> {
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.args(["--quiet", "--one-off", "--fd"]).arg(socket.as_raw_fd().to_string());
     command.args(publish.iter().flat_map(forward));
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let output = command.output().map_err(|e| match e.kind() {
+    if !host_loopback {
+        command.arg("--no-map-gw").args(names());
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => PasstError::Missing,
         _ => PasstError::Start(e),
     })?;
+    if !is_over_soon(&child).map_err(PasstError::Start)? {
+        let _ = child.kill().and_then(|()| child.wait());
+        return Err(PasstError::Slow);
+    }
+    let output = child.wait_with_output().map_err(PasstError::Start)?;
     if output.status.success() {
         return Ok(());
     }
     Err(why(&String::from_utf8_lossy(&output.stderr)))
+}
+
+/// passt's flags for name servers. Those of `resolv.conf` it finds itself, but for those on the loopback address, which
+/// it keeps the guest from. systemd-resolved, which puts itself there, says whom it asks.
+fn names() -> Vec<String> {
+    let read = |path| name_servers(&std::fs::read_to_string(path).unwrap_or_default());
+    if read("/etc/resolv.conf").iter().any(|server| !server.is_loopback()) {
+        return Vec::new();
+    }
+    let servers = read("/run/systemd/resolve/resolv.conf").into_iter().filter(|server| !server.is_loopback());
+    let flags: Vec<_> = servers.flat_map(|server| ["--dns".into(), server.to_string()]).collect();
+    // passt of Debian 12 answers under this address for every name server, so not beside others.
+    if flags.is_empty() { vec!["--dns-forward".into(), NAME_SERVER.into()] } else { flags }
+}
+
+/// The IPv4 addresses among the name servers of a `resolv.conf(5)`, at most as many as are ever asked (`MAXNS`).
+fn name_servers(file: &str) -> Vec<Ipv4Addr> {
+    let mut words = file.lines().map(str::split_whitespace);
+    let servers =
+        words.by_ref().filter_map(|mut line| (line.next()? == "nameserver").then(|| line.next()).flatten());
+    servers.filter_map(|address| address.parse().ok()).take(3).collect()
+}
+
+/// Waits until it has ended, or gone to the background.
+fn is_over_soon(child: &Child) -> io::Result<bool> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::NotFound)?;
+    let ended = pidfd_open(pid, PidfdFlags::empty())?;
+    let bound = Timespec { tv_sec: READY_BOUND.as_secs() as i64, tv_nsec: 0 };
+    Ok(poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&bound))? > 0)
 }
 
 fn why(stderr: &str) -> PasstError {
@@ -353,6 +404,13 @@ mod tests {
     fn a_host_without_a_route_is_told() {
         assert!(matches!(why("External interface not usable\n"), PasstError::NoRoute));
         assert!(matches!(why("no memory\n"), PasstError::Ended(words) if words == "no memory"));
+    }
+
+    #[test]
+    fn name_servers_are_those_of_resolv_conf() {
+        let file = "# nameserver 1.1.1.1\nsearch x\nnameserver 127.0.0.53\n nameserver\t10.0.0.1 # mine\nnameserver ::1\nnameserver\n";
+        assert_eq!(name_servers(file), [Ipv4Addr::new(127, 0, 0, 53), Ipv4Addr::new(10, 0, 0, 1)]);
+        assert!(name_servers(&"nameserver 10.0.0.1\n".repeat(100)).len() == 3);
     }
 
     #[test]
