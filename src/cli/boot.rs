@@ -12,8 +12,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::config::{
-    BalloonConfig, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig, NetConfig,
-    Publish, Sandbox, VmConfig, VsockConfig,
+    BalloonConfig, Close, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig,
+    NetConfig, Publish, Sandbox, VmConfig, VsockConfig,
 };
 use crate::control::{Control, Place};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
@@ -127,6 +127,10 @@ pub struct BootArgs {
     /// it lacks), strict (by every layer, or not started), off (for debuggers) [default: on]
     #[arg(long, value_name = "HOW", value_parser = parse_sandbox)]
     sandbox: Option<Sandbox>,
+    /// When microvm ends: before KVM has closed the VM (background), some 20 ms sooner, or after (wait), for who removes
+    /// its control group at once [default: background]
+    #[arg(long, value_name = "WHEN", value_parser = parse_close)]
+    close: Option<Close>,
     /// What the VM is called in `microvm ps` and `microvm ctl` [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -182,6 +186,14 @@ fn parse_load(text: &str) -> Result<Load, String> {
         "map" => Ok(Load::Map),
         "copy" => Ok(Load::Copy),
         _ => Err("allowed are auto, map and copy".into()),
+    }
+}
+
+fn parse_close(text: &str) -> Result<Close, String> {
+    match text {
+        "background" => Ok(Close::Background),
+        "wait" => Ok(Close::Wait),
+        _ => Err("allowed are background and wait".into()),
     }
 }
 
@@ -334,6 +346,7 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     config.pit |= args.pit;
     config.allow_software_kvm |= args.allow_software_kvm;
     config.sandbox = args.sandbox.unwrap_or(config.sandbox);
+    config.close = args.close.unwrap_or(config.close);
     Ok(config)
 }
 

@@ -91,6 +91,9 @@ pub struct VmConfig {
     /// Give the guest an i8254 timer. Closing a VM that has one takes KVM tens of milliseconds longer.
     #[serde(default)]
     pub pit: bool,
+    /// Whether the process ends before KVM has closed the VM.
+    #[serde(default, skip_serializing_if = "Close::is_background")]
+    pub close: Close,
     /// Go on where `/dev/kvm` interprets the guest kernel in software.
     #[serde(default)]
     pub allow_software_kvm: bool,
@@ -143,6 +146,24 @@ pub enum Discovery {
     /// On the kernel's command line (`virtio_mmio.device=`), for kernels with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES` whose
     /// ACPI does not work, as that of Linux 6.1 without PCI.
     Cmdline,
+}
+
+/// When the process of a VM ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Close {
+    /// At once; the kernel closes the VM some 20 ms later.
+    #[default]
+    Background,
+    /// When the VM is closed. Until then its control group is in use, which who removes that right after the process's
+    /// end must know.
+    Wait,
+}
+
+impl Close {
+    fn is_background(&self) -> bool {
+        *self == Self::Background
+    }
 }
 
 /// How the process is confined before the guest's first instruction.
@@ -338,6 +359,7 @@ impl VmConfig {
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
+            close: Close::default(),
             sandbox: Sandbox::default(),
         }
     }

@@ -35,8 +35,7 @@ pub(crate) fn kvm_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Kvm
 /// A VM with its in-kernel interrupt controllers.
 pub struct Vm {
     fd: VmFd,
-    /// KVM takes a VM down in what waits for several grace periods of RCU, 10 to 30 ms in which nothing is done, and a
-    /// process cannot end before. Declared, and so dropped, after the descriptor itself.
+    /// Declared, and so dropped, after the descriptor itself.
     end: Option<BackgroundClose>,
 }
 
@@ -60,10 +59,17 @@ impl Vm {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(config).map_err(kvm_error("make the i8254 timer"))?;
         }
-        let end = BackgroundClose::of(&fd);
-        let end =
-            end.inspect_err(|e| log::debug!("no io_uring ({e}): this process waits for KVM at its end")).ok();
-        Ok(Self { fd, end })
+        Ok(Self { fd, end: None })
+    }
+
+    /// Has the kernel close the VM in the background. KVM takes a VM down in what waits for several grace periods of
+    /// RCU, 10 to 30 ms in which nothing is done, and a process cannot end before. Where this cannot be had, it waits.
+    /// `kvm` is this process's own opening of the device, where these VMs are counted.
+    pub fn close_in_background(&mut self, kvm: &Kvm) {
+        match BackgroundClose::of(&self.fd, kvm) {
+            Ok(end) => self.end = Some(end),
+            Err(e) => log::debug!("this process waits for KVM at its end: {e}"),
+        }
     }
 
     /// Gives `memory` to the guest: a slot for each of its regions.

@@ -19,7 +19,7 @@ use crate::arch::x86_64::linux_boot::{BootInfo, Initrd, write_boot_params};
 use crate::arch::x86_64::memory_map::memory_map;
 use crate::arch::x86_64::{layout, pvh, registers};
 use crate::bus::{Bus, BusDevice, Overlap};
-use crate::config::{ConfigError, Discovery, HostEnd, VmConfig};
+use crate::config::{Close, ConfigError, Discovery, HostEnd, VmConfig};
 use crate::devices::legacy::{AcpiPm, ExitCode, I8042, MarkPort, PvPanic};
 use crate::devices::virtio::VmmThread;
 use crate::devices::{AddDeviceError, DeviceControls};
@@ -224,7 +224,10 @@ fn make_vm(
         let filling = filling.map_err(BuildError::Thread)?;
         let vm = Vm::new(host.kvm(), pit);
         let (memory, initrd) = filling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        let vm = vm?;
+        let mut vm = vm?;
+        if config.close == Close::Background {
+            vm.close_in_background(host.kvm());
+        }
         vm.set_memory(&memory)?;
         timeline.mark(Phase::Vm);
         Ok((vm, memory, initrd))

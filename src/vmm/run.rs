@@ -19,7 +19,7 @@ use crate::devices::virtio::VmmThreadJobs;
 use crate::metrics::{Phase, Snapshot};
 use crate::sandbox::{Confined, Kept, SandboxError};
 use crate::sys::event::new_event;
-use crate::sys::program::release_code;
+use crate::sys::program::Code;
 use crate::sys::signals::{Signal, Signals};
 use crate::vcpu::{VcpuEvent, VcpuThread};
 
@@ -201,6 +201,8 @@ pub struct Ended {
 /// It cannot be confined, the event loop fails, or a vCPU hangs.
 pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let folders: Vec<_> = vmm.services.iter().flat_map(|s| s.keep(&mut vmm.kept)).collect();
+    // Looked up while this process may still open files.
+    let code = Code::of_program();
     // Before the first thread, so that each takes it over.
     let confined = vmm.layers.confine_process(&vmm.kept, &folders)?;
     let vcpus = vmm.vcpus.into_iter().map(|vcpu| VcpuThread::start(vcpu, vmm.reports.clone(), confined));
@@ -225,7 +227,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
         manager.add_subscriber(Box::new(console.clone()));
         consoles.push(console);
     }
-    release_code();
+    code.into_iter().for_each(Code::release);
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
     confined.confine_thread(vmm.kind)?;
 
