@@ -18,6 +18,9 @@ pub trait Served: Send + 'static {
     const THREAD: ThreadKind = ThreadKind::Worker;
     /// The descriptors that it waits for, each with the token that [`Served::event`] gets.
     fn events(&self) -> Vec<(RawFd, EventSet, u64)>;
+    /// Has others go on with what they do for it. Called on the device's own thread, before the first event and after each
+    /// pause, also one that was given up; it may go on already.
+    fn begin(&mut self) {}
     /// Descriptor `token` is ready. `epoll` is there to wait for more, or for less.
     fn event(&mut self, token: u64, ready: EventSet, epoll: &Epoll);
     /// Waits for what others do for it, as the kernel with io_uring: until the next event nothing may touch guest
@@ -111,6 +114,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
     let mut events = [EpollEvent::default(); BATCH];
+    state.begin();
     loop {
         let count = match epoll.wait(-1, &mut events) {
             Ok(count) => count,
@@ -121,10 +125,11 @@ fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
             }
         };
         // Before the others: what they ask for comes after a pause, or never.
-        if events[..count].iter().any(|e| e.data() == CONTROL)
-            && let Next::End = control.obey(|| state.drain())
-        {
-            break;
+        if events[..count].iter().any(|e| e.data() == CONTROL) {
+            match control.obey(|| state.drain()) {
+                Next::End => break,
+                Next::Serve => state.begin(),
+            }
         }
         // Also those that came with a pause: an edge is told once.
         for event in events[..count].iter().filter(|e| e.data() != CONTROL) {
