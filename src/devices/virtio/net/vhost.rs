@@ -430,3 +430,7 @@ impl VirtioDevice for VhostNet {
         pairs.chain(commands.map(|c| c.queue)).collect()
     }
 }
+
+#[cfg(test)]
+#[path = "vhost_tests.rs"]
+mod tests;
