@@ -125,3 +125,22 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::event::new_event;
+
+    #[test]
+    fn what_the_kernel_raises_is_about_used_buffers_until_the_reset() {
+        let interrupt = Interrupt::new(new_event().unwrap());
+        assert_eq!(interrupt.status(), 0);
+        interrupt.share_with_kernel().write(1).unwrap();
+        interrupt.config_changed();
+        assert_eq!(interrupt.status(), USED_BUFFER | CONFIG_CHANGE);
+        interrupt.acknowledge(USED_BUFFER | CONFIG_CHANGE);
+        assert_eq!(interrupt.status(), USED_BUFFER, "the next one may be there already");
+        interrupt.reset();
+        assert_eq!(interrupt.status(), 0);
+    }
+}

@@ -156,6 +156,7 @@ mod tests {
     struct Counting {
         event: EventFd,
         count: Arc<AtomicU64>,
+        begun: Arc<AtomicU64>,
         draining: Sender<()>,
         may_drain: Receiver<()>,
         panics: Arc<AtomicBool>,
@@ -164,6 +165,10 @@ mod tests {
     impl Served for Counting {
         fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
             vec![(self.event.as_raw_fd(), EventSet::IN, 0)]
+        }
+
+        fn begin(&mut self) {
+            self.begun.fetch_add(1, Ordering::SeqCst);
         }
 
         fn event(&mut self, _token: u64, _ready: EventSet, _epoll: &Epoll) {
@@ -181,6 +186,7 @@ mod tests {
     struct Rig {
         worker: Worker<Counting>,
         count: Arc<AtomicU64>,
+        begun: Arc<AtomicU64>,
         draining: Receiver<()>,
         let_drain: Sender<()>,
         panics: Arc<AtomicBool>,
@@ -190,11 +196,19 @@ mod tests {
         let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         event.write(1).unwrap();
         let ((draining, drains), (let_drain, may_drain)) = (mpsc::channel(), mpsc::channel());
-        let (count, panics) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let state = Counting { event, count: count.clone(), draining, may_drain, panics: panics.clone() };
+        let (count, begun) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let panics = Arc::<AtomicBool>::default();
+        let state = Counting {
+            event,
+            count: count.clone(),
+            begun: begun.clone(),
+            draining,
+            may_drain,
+            panics: panics.clone(),
+        };
         let worker = Worker::start("counting", Confined::not(), state);
         let worker = worker.unwrap_or_else(|e| panic!("{}", e.error));
-        Rig { worker, count, draining: drains, let_drain, panics }
+        Rig { worker, count, begun, draining: drains, let_drain, panics }
     }
 
     impl Rig {
@@ -223,8 +237,9 @@ mod tests {
     fn a_paused_worker_does_nothing_until_it_is_resumed() {
         let rig = rig();
         let control = rig.worker.control();
-        for _ in 0..3 {
+        for pauses in 0..3 {
             rig.wait_for_events();
+            assert!(rig.begun.load(Ordering::SeqCst) > pauses, "others were not told to go on");
             rig.let_drain.send(()).unwrap();
             control.ask_to_pause();
             assert!(control.is_paused_by(soon()));
