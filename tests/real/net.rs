@@ -227,6 +227,19 @@ fn assert_vhost(metrics: &Path) {
     assert!(!text.contains("microvm_net_rx_bytes_total"), "the VM's own thread serves the card: {text}");
 }
 
+/// Each thread has its filter. The kernel's own worker, which runs no code of ours, is a thread from Linux 6.4 on.
+fn assert_confined(vm: u32) {
+    let mut names = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{vm}/task")).unwrap() {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim();
+        let name = field("Name:");
+        assert!(name.starts_with("vhost-") || field("Seccomp:") == "2", "{status}");
+        names.push(name.to_string());
+    }
+    assert!(names.contains(&"net0".into()), "{names:?}");
+}
+
 #[test]
 #[ignore = "needs hardware-grade KVM and vhost-net"]
 fn net_vhost_stock_6_1_with_two_queues() {
@@ -244,9 +257,11 @@ fn net_vhost_stock_6_1_with_two_queues() {
 #[ignore = "needs hardware-grade KVM and vhost-net"]
 fn net_vhost_serves_one_driver_after_the_other() {
     let words = "net-rebind 172.30.0.2 172.30.0.1";
-    let transfers = Transfers { times: 2, queues: 1, net: "tap=tap0,vhost=auto", words };
+    let transfers = Transfers { times: 2, queues: 2, net: "tap=tap0,vhost=auto", words };
+    let flags = ["--discovery", "cmdline", "--cpus", "2"];
     in_own_network(|| {
-        let (_, _, metrics) = transfers.run(("tuned", "vmlinux"), &["--discovery", "cmdline"], |_| {});
+        let (output, _, metrics) = transfers.run(("tuned", "vmlinux"), &flags, |_| {});
+        assert_eq!(stdout(&output).matches("queues=2").count(), 2);
         assert_vhost(&metrics);
     });
 }
@@ -267,6 +282,7 @@ fn net_vhost_is_paused_under_traffic() {
         };
         let (_, _, metrics) = transfers.run(("tuned", "vmlinux"), &flags, |child| {
             read_until(child, "begins=yes");
+            assert_confined(child.id());
             let received = || {
                 let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
                 text.lines().find(|l| l.contains("tap0")).unwrap().to_string()
