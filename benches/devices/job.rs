@@ -27,7 +27,15 @@ const MIB: usize = 1 << 20;
 pub enum Device {
     Block,
     Net,
+    /// The host's kernel serves its queues.
+    NetVhost,
     Vsock,
+}
+
+impl Device {
+    fn is_net(self) -> bool {
+        matches!(self, Self::Net | Self::NetVhost)
+    }
 }
 
 pub struct Job {
@@ -38,7 +46,7 @@ pub struct Job {
     pub operations: usize,
 }
 
-pub const JOBS: [Job; 9] = [
+pub const JOBS: [Job; 11] = [
     job("block: 4 KiB random read, depth 1", Device::Block, "blk read random 4096 1", 5000),
     job("block: 4 KiB random read, depth 32", Device::Block, "blk read random 4096 32", 20000),
     job("block: 4 KiB random write, depth 1", Device::Block, "blk write random 4096 1", 5000),
@@ -47,6 +55,8 @@ pub const JOBS: [Job; 9] = [
     job("block: 1 MiB sequential write", Device::Block, "blk write sequential 1048576 1", 500),
     job("tap: TCP from the guest, per MiB", Device::Net, "tcp-send", 64),
     job("tap: TCP to the guest, per MiB", Device::Net, "tcp-receive", 64),
+    job("tap, vhost: TCP from the guest, per MiB", Device::NetVhost, "tcp-send", 64),
+    job("tap, vhost: TCP to the guest, per MiB", Device::NetVhost, "tcp-receive", 64),
     job("vsock: echo of 64 bytes", Device::Vsock, "vsock-echo", 5000),
 ];
 
@@ -57,13 +67,15 @@ const fn job(name: &'static str, device: Device, command: &'static str, operatio
 impl Job {
     /// What the guest does first.
     pub fn setup(&self) -> Option<&'static str> {
-        (self.device == Device::Net).then_some("net 192.168.77.2/24")
+        self.device.is_net().then_some("net 192.168.77.2/24")
     }
 
     pub fn words(&self) -> String {
         match self.device {
             Device::Block => format!("{} {}", self.command, self.operations),
-            Device::Net => format!("{} {HOST}:{TCP_PORT} {}", self.command, self.operations),
+            Device::Net | Device::NetVhost => {
+                format!("{} {HOST}:{TCP_PORT} {}", self.command, self.operations)
+            }
             Device::Vsock => format!("{} {VSOCK_PORT} {}", self.command, self.operations),
         }
     }
@@ -73,7 +85,7 @@ impl Job {
         let operations = self.operations;
         let peer = match (self.device, self.command) {
             (Device::Block, _) => return Ok(None),
-            (Device::Net, command) => {
+            (Device::Net | Device::NetVhost, command) => {
                 let listener = TcpListener::bind((HOST, TCP_PORT))?;
                 let send = command == "tcp-receive";
                 thread::spawn(move || {

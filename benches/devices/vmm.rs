@@ -104,6 +104,7 @@ fn microvm(work: &Path, device: Device) -> Command {
     match device {
         Device::Block => command.args(["--disk", &format!("{DISK},direct")]),
         Device::Net => command.args(["--net", &format!("tap={TAP}")]),
+        Device::NetVhost => command.args(["--net", &format!("tap={TAP},vhost=on")]),
         Device::Vsock => command.args(["--vsock", &format!("cid={VSOCK_CID},socket={VSOCK_SOCKET}")]),
     };
     command
@@ -122,13 +123,14 @@ fn qemu(work: &Path, device: Device) -> Command {
             "-device",
             "virtio-blk-device,drive=d",
         ]),
-        Device::Net => command.args([
-            "-netdev",
-            &format!("tap,id=n,ifname={TAP},script=no,downscript=no,vhost=off"),
-            "-device",
-            "virtio-net-device,netdev=n",
-        ]),
+        Device::Net => command.args(net_of_qemu("off")),
+        Device::NetVhost => command.args(net_of_qemu("on")),
         Device::Vsock => command.args(["-device", &format!("vhost-vsock-device,guest-cid={VSOCK_CID}")]),
     };
     command
+}
+
+fn net_of_qemu(vhost: &str) -> [String; 4] {
+    let netdev = format!("tap,id=n,ifname={TAP},script=no,downscript=no,vhost={vhost}");
+    ["-netdev".into(), netdev, "-device".into(), "virtio-net-device,netdev=n".into()]
 }

@@ -108,7 +108,8 @@ pub struct BootArgs {
         value_parser = OsStringValueParser::new().try_map(|text| VsockConfig::parse(&text)))]
     vsock: Option<VsockConfig>,
     /// A network card, on a tap or in user mode (without root, through passt); again for more. Options: mac=MAC, iops=N,
-    /// bandwidth=SIZE, and for user mode host-loopback: the router's address leads to servers on this host
+    /// bandwidth=SIZE; for a tap vhost=auto|on|off: the host's kernel serves its queues; and for user mode host-loopback: the
+    /// router's address leads to servers on this host
     #[arg(long, value_name = "tap=NAME|user[,OPTION…]")]
     net: Vec<NetConfig>,
     /// Lead a port of the host's to one of the guest's, with --net user; again for more

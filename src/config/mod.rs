@@ -23,7 +23,7 @@ pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
 pub use net::{
-    Mac, NetBackend, NetConfig, ParseMacError, ParseNetError, ParsePublishError, Protocol, Publish,
+    Mac, NetBackend, NetConfig, ParseMacError, ParseNetError, ParsePublishError, Protocol, Publish, Vhost,
 };
 pub use size::{ParseSizeError, Size};
 pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
@@ -315,6 +315,12 @@ pub enum ConfigError {
         "--net tap={0},host-loopback: only user mode has this option: routes and a firewall say what a tap leads to"
     )]
     NetLoopback(String),
+    /// The kernel's worker knows neither passt nor limits.
+    #[error(
+        "--net vhost=on: it is for taps without iops=N and bandwidth=SIZE, which the host's kernel does not know: use \
+         vhost=off"
+    )]
+    NetVhost,
     /// A port leads to nobody.
     #[error("--publish {0}: only a network card in user mode has ports of the host's: add --net user")]
     PublishWithoutUser(Publish),

@@ -21,6 +21,9 @@ pub struct NetConfig {
     /// Its address; one is made up where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
+    /// Whether the host's kernel serves its queues.
+    #[serde(skip_serializing_if = "Vhost::is_off")]
+    pub vhost: Vhost,
     /// The most frames a second in each direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iops: Option<u64>,
@@ -44,6 +47,26 @@ pub enum NetBackend {
     Tap(String),
     /// The host's own connections, through `passt`: needs no root.
     User,
+}
+
+/// Whether the host's kernel serves a card's queues itself (vhost-net): faster, and more of the kernel that a guest
+/// reaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vhost {
+    /// A thread of this process does.
+    #[default]
+    Off,
+    /// Where it can.
+    Auto,
+    /// It does, or there is no VM.
+    On,
+}
+
+impl Vhost {
+    fn is_off(&self) -> bool {
+        *self == Self::Off
+    }
 }
 
 /// A MAC address of one card (never that of a group).
@@ -125,9 +148,19 @@ impl NetConfig {
         self.mac.unwrap_or(Mac([0x02, a, b, c, d, e]))
     }
 
+    /// Whether the host's kernel could serve its queues: it knows taps, and no limits.
+    #[must_use]
+    pub fn can_use_vhost(&self) -> bool {
+        let is_tap = matches!(self.backend, NetBackend::Tap(_));
+        is_tap && self.iops.is_none() && self.bandwidth.is_none()
+    }
+
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         if self.iops == Some(0) || self.bandwidth == Some(Size(0)) {
             return Err(ConfigError::NetLimit);
+        }
+        if self.vhost == Vhost::On && !self.can_use_vhost() {
+            return Err(ConfigError::NetVhost);
         }
         let NetBackend::Tap(name) = &self.backend else { return Ok(()) };
         if self.host_loopback {
@@ -149,8 +182,13 @@ pub enum ParseNetError {
     #[error("{0:?} is no network: write tap=NAME or user in front")]
     Backend(String),
     /// An option behind it.
-    #[error("unknown option {0:?}: allowed are mac=MAC, iops=N, bandwidth=SIZE and host-loopback")]
+    #[error(
+        "unknown option {0:?}: allowed are mac=MAC, vhost=auto|on|off, iops=N, bandwidth=SIZE and host-loopback"
+    )]
     Option(String),
+    /// No word about vhost.
+    #[error("vhost={0}: allowed are auto, on and off")]
+    Vhost(String),
     /// No number of frames.
     #[error("iops={0}: allowed are whole numbers from 1, as in iops=1000")]
     Iops(String),
@@ -159,7 +197,7 @@ pub enum ParseNetError {
     Bandwidth(#[from] ParseSizeError),
 }
 
-/// `tap=NAME|user[,mac=MAC][,iops=N][,bandwidth=SIZE][,host-loopback]`
+/// `tap=NAME|user[,mac=MAC][,vhost=auto|on|off][,iops=N][,bandwidth=SIZE][,host-loopback]`
 impl FromStr for NetConfig {
     type Err = ParseNetError;
 
@@ -171,10 +209,12 @@ impl FromStr for NetConfig {
             Some(("tap", name)) => NetBackend::Tap(name.into()),
             _ => return Err(ParseNetError::Backend(first.into())),
         };
-        let mut net = Self { backend, mac: None, iops: None, bandwidth: None, host_loopback: false };
+        let mut net =
+            Self { backend, mac: None, vhost: Vhost::Off, iops: None, bandwidth: None, host_loopback: false };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) => net.mac = Some(mac.parse()?),
+                Some(("vhost", word)) => net.vhost = parse_vhost(word)?,
                 Some(("iops", number)) => net.iops = Some(parse_number(number)?),
                 Some(("bandwidth", size)) => net.bandwidth = Some(size.parse()?),
                 None if part == "host-loopback" => net.host_loopback = true,
@@ -182,6 +222,15 @@ impl FromStr for NetConfig {
             }
         }
         Ok(net)
+    }
+}
+
+fn parse_vhost(word: &str) -> Result<Vhost, ParseNetError> {
+    match word {
+        "auto" => Ok(Vhost::Auto),
+        "on" => Ok(Vhost::On),
+        "off" => Ok(Vhost::Off),
+        _ => Err(ParseNetError::Vhost(word.into())),
     }
 }
 
@@ -198,6 +247,8 @@ impl<'de> Deserialize<'de> for NetConfig {
         struct Fields {
             backend: NetBackend,
             mac: Option<Mac>,
+            #[serde(default)]
+            vhost: Vhost,
             iops: Option<u64>,
             bandwidth: Option<Size>,
             #[serde(default)]
@@ -213,9 +264,9 @@ impl<'de> Deserialize<'de> for NetConfig {
                 v.parse().map_err(E::custom)
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<NetConfig, A::Error> {
-                let Fields { backend, mac, iops, bandwidth, host_loopback } =
+                let Fields { backend, mac, vhost, iops, bandwidth, host_loopback } =
                     Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                Ok(NetConfig { backend, mac, iops, bandwidth, host_loopback })
+                Ok(NetConfig { backend, mac, vhost, iops, bandwidth, host_loopback })
             }
         }
         d.deserialize_any(Visitor)
@@ -353,9 +404,25 @@ mod tests {
     }
 
     #[test]
+    fn vhost_is_for_taps_without_limits_and_off_by_default() {
+        let read = |text: &str| text.parse::<NetConfig>().unwrap();
+        assert_eq!(read("tap=t0").vhost, Vhost::Off);
+        assert!(read("tap=t0,vhost=on").validate().is_ok() && read("tap=t0,vhost=on").can_use_vhost());
+        for other in ["user", "tap=t0,iops=1", "tap=t0,bandwidth=1M"] {
+            let with = |word: &str| read(&format!("{other},vhost={word}"));
+            assert!(matches!(with("on").validate(), Err(ConfigError::NetVhost)), "{other}");
+            assert!(with("auto").validate().is_ok() && !with("auto").can_use_vhost(), "{other}");
+            assert!(with("off").validate().is_ok(), "{other}");
+        }
+        assert!(matches!("tap=t0,vhost=yes".parse::<NetConfig>(), Err(ParseNetError::Vhost(_))));
+        let json: NetConfig = serde_json::from_str(r#"{"backend": {"tap": "t0"}, "vhost": "auto"}"#).unwrap();
+        assert_eq!(json.vhost, Vhost::Auto);
+    }
+
+    #[test]
     fn json_takes_the_flags_text() {
         let json: NetConfig =
-            serde_json::from_str("\"tap=t0,mac=02:00:00:00:00:01,iops=10,bandwidth=1M\"").unwrap();
+            serde_json::from_str("\"tap=t0,mac=02:00:00:00:00:01,vhost=auto,iops=10,bandwidth=1M\"").unwrap();
         let text = serde_json::to_string(&json).unwrap();
         assert_eq!(serde_json::from_str::<NetConfig>(&text).unwrap(), json);
         let user: NetConfig = serde_json::from_str("\"user,host-loopback\"").unwrap();

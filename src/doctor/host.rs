@@ -12,7 +12,7 @@ pub(super) fn checks() -> Vec<Check> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     vec![
         device("tun", "/dev/net/tun", "sudo modprobe tun (virtual networks need it)"),
-        device("vhost-net", "/dev/vhost-net", "sudo modprobe vhost_net (makes networks faster)"),
+        device("vhost-net", "/dev/vhost-net", "sudo modprobe vhost_net (for --net tap=NAME,vhost=on)"),
         device("vhost-vsock", "/dev/vhost-vsock", "sudo modprobe vhost_vsock (only other VMMs need it)"),
         cgroups(&read("/proc/self/mountinfo")),
         user_namespaces(

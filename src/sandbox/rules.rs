@@ -22,6 +22,8 @@ pub enum ThreadKind {
     Worker,
     /// Serves the socket device, with the host's programs at the other end.
     Vsock,
+    /// Starts and stops the kernel's own worker for a network card.
+    Vhost,
     /// Removes a socket's file at the VM's end.
     Cleaner,
     /// Serves the control socket.
@@ -30,13 +32,14 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Vmm,
         Self::VmmWithVsock,
         Self::Vcpu,
         Self::Console,
         Self::Worker,
         Self::Vsock,
+        Self::Vhost,
         Self::Cleaner,
         Self::Control,
     ];
@@ -50,6 +53,7 @@ impl ThreadKind {
             Self::Console => &[COMMON, CONSOLE],
             Self::Worker => &[COMMON, WORKERS, WORKER],
             Self::Vsock => &[COMMON, VSOCK_WORKER, VSOCK],
+            Self::Vhost => &[COMMON, VHOST],
             Self::Cleaner => &[COMMON, CLEANER],
             Self::Control => &[COMMON, CONTROL],
         }
@@ -57,13 +61,21 @@ impl ThreadKind {
 }
 
 // Requests of ioctl(2): Linux, `include/uapi/linux/kvm.h`, `include/uapi/linux/if_tun.h`,
-// `include/uapi/asm-generic/ioctls.h`.
+// `include/uapi/linux/vhost.h`, `include/uapi/asm-generic/ioctls.h`.
 const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
 const KVM_KVMCLOCK_CTRL: (&str, u32) = ("KVM_KVMCLOCK_CTRL", 0xaead);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
 const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
 const TUNSETQUEUE: (&str, u32) = ("TUNSETQUEUE", 0x4004_54d9);
+const VHOST_SET_FEATURES: (&str, u32) = ("VHOST_SET_FEATURES", 0x4008_af00);
+const VHOST_SET_VRING_NUM: (&str, u32) = ("VHOST_SET_VRING_NUM", 0x4008_af10);
+const VHOST_SET_VRING_ADDR: (&str, u32) = ("VHOST_SET_VRING_ADDR", 0x4028_af11);
+const VHOST_SET_VRING_BASE: (&str, u32) = ("VHOST_SET_VRING_BASE", 0x4008_af12);
+const VHOST_GET_VRING_BASE: (&str, u32) = ("VHOST_GET_VRING_BASE", 0xc008_af12);
+const VHOST_SET_VRING_KICK: (&str, u32) = ("VHOST_SET_VRING_KICK", 0x4008_af20);
+const VHOST_SET_VRING_CALL: (&str, u32) = ("VHOST_SET_VRING_CALL", 0x4008_af21);
+const VHOST_NET_SET_BACKEND: (&str, u32) = ("VHOST_NET_SET_BACKEND", 0x4008_af30);
 const FIONBIO: (&str, u32) = ("FIONBIO", 0x5421);
 const TIOCGWINSZ: (&str, u32) = ("TIOCGWINSZ", 0x5413);
 const TCSETS: (&str, u32) = ("TCSETS", 0x5402);
@@ -144,8 +156,28 @@ pub(super) const VMM: &[Rule] = &[
     allow(libc::SYS_ppoll, "is there input, is there room for output"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TIOCGWINSZ, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
-        "the terminal as it was, and its size; a tap's offloads and queues; sockets that do not block",
+        &[Check::Is(
+            1,
+            "request",
+            &[
+                TCSETS,
+                TCSETS2,
+                TIOCGWINSZ,
+                TUNSETOFFLOAD,
+                TUNSETQUEUE,
+                FIONBIO,
+                VHOST_SET_FEATURES,
+                VHOST_SET_VRING_NUM,
+                VHOST_SET_VRING_ADDR,
+                VHOST_SET_VRING_BASE,
+                VHOST_GET_VRING_BASE,
+                VHOST_SET_VRING_KICK,
+                VHOST_SET_VRING_CALL,
+                VHOST_NET_SET_BACKEND,
+            ],
+        )],
+        "the terminal as it was, and its size; a tap's offloads and queues; sockets that do not block; a vhost-net's rings, \
+         but never its memory: a VM without vhost has no descriptor that takes these",
     ),
     allow_if(libc::SYS_clone, &[Check::Is(0, "flags", &[THREAD])], "threads of devices; never a process"),
     fails(libc::SYS_clone3, libc::ENOSYS, "its flags cannot be seen here; glibc goes back to clone"),
@@ -268,6 +300,23 @@ const WORKER: &[Rule] = &[
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
         "a tap's offloads, and which of its queues the guest uses; sockets that do not block; a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// It moves no data.
+const VHOST: &[Rule] = &[
+    allow(libc::SYS_epoll_wait, "the worker's event loop"),
+    allow(libc::SYS_epoll_ctl, "the worker's event loop"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(
+            1,
+            "request",
+            &[TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, VHOST_NET_SET_BACKEND, VHOST_GET_VRING_BASE],
+        )],
+        "the kernel's worker stops for a pause or a reset, and goes on; a tap's offloads, and which of its queues the guest \
+         uses; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -10,6 +10,7 @@ static VCPU: Program = Program::new(ThreadKind::Vcpu.tables());
 static CONSOLE: Program = Program::new(ThreadKind::Console.tables());
 static WORKER: Program = Program::new(ThreadKind::Worker.tables());
 static VSOCK: Program = Program::new(ThreadKind::Vsock.tables());
+static VHOST: Program = Program::new(ThreadKind::Vhost.tables());
 static CLEANER: Program = Program::new(ThreadKind::Cleaner.tables());
 static CONTROL: Program = Program::new(ThreadKind::Control.tables());
 
@@ -21,6 +22,7 @@ fn program(kind: ThreadKind) -> &'static Program {
         ThreadKind::Console => &CONSOLE,
         ThreadKind::Worker => &WORKER,
         ThreadKind::Vsock => &VSOCK,
+        ThreadKind::Vhost => &VHOST,
         ThreadKind::Cleaner => &CLEANER,
         ThreadKind::Control => &CONTROL,
     }
@@ -245,6 +247,7 @@ mod tests {
             ("Workers of devices", ThreadKind::Worker.tables()[2]),
             ("Worker of the socket device", ThreadKind::Vsock.tables()[1]),
             ("Worker of the socket device, and the VMM thread where there is one", VSOCK_RULES),
+            ("Thread of a network card with vhost", ThreadKind::Vhost.tables()[1]),
             ("Cleaner of the vsock's socket", ThreadKind::Cleaner.tables()[1]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),

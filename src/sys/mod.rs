@@ -14,4 +14,5 @@ pub mod syscalls;
 pub mod tap;
 pub mod terminal;
 pub mod uring;
+pub mod vhost;
 pub mod violation;

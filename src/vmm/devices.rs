@@ -9,17 +9,20 @@ use thiserror::Error;
 
 use crate::arch::x86_64::layout::{MAX_VIRTIO_DEVICES, VIRTIO_MMIO_LEN, VirtioSlot, virtio_slots};
 use crate::bus::{Bus, Overlap};
-use crate::config::{HostEnd, NetBackend, Publish, VmConfig};
+use crate::config::{HostEnd, NetBackend, NetConfig, Publish, Vhost, VmConfig};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
-use crate::devices::virtio::net::{Backend, MAX_PAIRS, Net, NetParts, Passt, PasstError, Tap, TapError};
+use crate::devices::virtio::net::{
+    Backend, Kernels, MAX_PAIRS, Net, NetParts, Passt, PasstError, Tap, TapError, VhostError, VhostNet,
+    VhostParts,
+};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
     WorkerControl,
 };
-use crate::devices::{AddDeviceError, DeviceControls};
+use crate::devices::{AddDeviceError, DeviceControl, DeviceControls};
 use crate::metrics::Registry;
 use crate::sandbox::Kept;
 use crate::vm::{KvmError, Memory, Vm};
@@ -51,6 +54,12 @@ pub enum DeviceError {
     /// A network card's passt.
     #[error(transparent)]
     Passt(#[from] PasstError),
+    /// A network card's kernel worker.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
+    /// The host refuses what a device needs of it.
+    #[error("{0}: the host refuses what it needs")]
+    Prepare(String, #[source] io::Error),
     /// KVM refused its interrupt or its notifications.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -98,9 +107,9 @@ impl Devices {
             controls.add(balloon.control())?;
             devices.push(Box::new(balloon));
         }
-        open_nets(config, metrics, |net| {
-            controls.add(net.control())?;
-            devices.push(Box::new(net));
+        open_nets(config, metrics, |control, net| {
+            controls.add(control)?;
+            devices.push(net);
             Ok(())
         })?;
         let mut console = None;
@@ -146,7 +155,7 @@ impl Devices {
         kept: &mut Kept,
     ) -> Result<DeviceThreads, DeviceError> {
         let mut threads = DeviceThreads::default();
-        for (slot, device) in self.all {
+        for (slot, mut device) in self.all {
             let address = IoEventAddress::Mmio(slot.address + NOTIFY_OFFSET);
             let queues = 0..device.queue_sizes().len() as u32;
             let notify = queues.map(|queue| vm.ioeventfd(&address, Some(queue)).map(Arc::new));
@@ -154,6 +163,7 @@ impl Devices {
             let line = vm.irqfd(slot.gsi)?;
             notify.iter().for_each(|event| kept.add("a virtio device's notifications", &**event));
             kept.add("a virtio device's interrupt", &line);
+            device.prepare(memory).map_err(|e| DeviceError::Prepare(device.id().into(), e))?;
             device.keep(kept);
             let parts = TransportParts {
                 notify,
@@ -209,32 +219,44 @@ impl DeviceThreads {
 fn open_nets(
     config: &VmConfig,
     metrics: &Registry,
-    mut add: impl FnMut(Net) -> Result<(), DeviceError>,
+    mut add: impl FnMut(Box<dyn DeviceControl>, Box<dyn VirtioDevice>) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
     let mut publish: &[Publish] = &config.publish;
     for (index, net) in config.nets.iter().enumerate() {
+        let (id, mac) = (format!("net{index}"), net.mac(index));
         let (backends, name): (Vec<Box<dyn Backend>>, _) = match &net.backend {
-            NetBackend::Tap(name) => {
+            NetBackend::Tap(tap) => {
                 let most = (config.cpus as usize).clamp(1, MAX_PAIRS);
-                let queues = Tap::open(name, most)?.into_iter();
-                (queues.map(|queue| Box::new(queue) as _).collect(), format!("tap={name}"))
+                let (taps, name) = (Tap::open(tap, most)?, format!("tap={tap}"));
+                if let Some(kernels) = open_kernels(net, taps.len())? {
+                    let card = VhostNet::new(VhostParts { id, mac, taps, kernels, name })?;
+                    add(card.control(), Box::new(card))?;
+                    continue;
+                }
+                (taps.into_iter().map(|queue| Box::new(queue) as _).collect(), name)
             }
             NetBackend::User => {
                 let passt = Passt::start(std::mem::take(&mut publish), net.host_loopback)?;
                 (vec![Box::new(passt)], "user".into())
             }
         };
-        let parts = NetParts {
-            id: format!("net{index}"),
-            mac: net.mac(index),
-            backends,
-            name,
-            iops: net.iops,
-            bandwidth: net.bandwidth.map(|b| b.0),
-        };
-        add(Net::new(parts, metrics).map_err(DeviceError::Net)?)?;
+        let (iops, bandwidth) = (net.iops, net.bandwidth.map(|b| b.0));
+        let card = Net::new(NetParts { id, mac, backends, name, iops, bandwidth }, metrics);
+        let card = card.map_err(DeviceError::Net)?;
+        add(card.control(), Box::new(card))?;
     }
     Ok(())
+}
+
+/// The kernel's workers for a card, where it is to have them.
+fn open_kernels(net: &NetConfig, pairs: usize) -> Result<Option<Kernels>, VhostError> {
+    match net.vhost {
+        Vhost::On => Kernels::open(pairs).map(Some),
+        Vhost::Auto if net.can_use_vhost() => {
+            Ok(Kernels::open(pairs).inspect_err(|e| log::info!("vhost=auto does without: {e}")).ok())
+        }
+        Vhost::Auto | Vhost::Off => Ok(None),
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
 use super::common::{Host, assert_fails, power_off, stderr, stdout};
@@ -152,30 +152,55 @@ fn assert_counted(metrics: &Path, server: &Server) {
 /// A file through a tap to the guest and back.
 #[track_caller]
 fn tap_transfers(name: &str, file: &str, queues: usize, flags: &[&str]) {
+    // One after the other, so that some of them take another queue than the first where there are several.
+    let times = if queues > 1 { 4 } else { 1 };
+    let words = format!("net 172.30.0.2 172.30.0.1 {times}");
+    let transfers = Transfers { times, queues, net: "tap=tap0", words: &words };
     in_own_network(|| {
-        add_tap(if queues > 1 { "tap0 multi_queue" } else { "tap0" }, "172.30.0.1");
+        let (output, server, metrics) = transfers.run((name, file), flags, |_| {});
+        assert_eq!(fact(&stdout(&output), "queues"), queues.to_string());
+        assert_counted(&metrics, &server);
+    });
+}
+
+/// Files through a tap to the guest and back, one after the other.
+struct Transfers<'a> {
+    times: usize,
+    queues: usize,
+    net: &'a str,
+    words: &'a str,
+}
+
+impl Transfers<'_> {
+    /// `meanwhile` gets the VM's running process. What comes back is checked.
+    #[track_caller]
+    fn run(
+        &self,
+        (name, file): (&str, &str),
+        flags: &[&str],
+        meanwhile: impl FnOnce(&mut Child),
+    ) -> (Output, Server, PathBuf) {
+        add_tap(if self.queues > 1 { "tap0 multi_queue" } else { "tap0" }, "172.30.0.1");
         let (host, server) = (Host::new(), Server::new(transfer_mib()));
-        let metrics = host.dir.path().join("metrics.json");
-        // One after the other, so that some of them take another queue than the first where there are several.
-        let transfers = if queues > 1 { 4 } else { 1 };
-        let words = format!("net 172.30.0.2 172.30.0.1 {transfers}");
-        let mut command = with_room(boot(name, file, &words, &[&TIME, flags].concat()));
-        command.args(["--net", "tap=tap0", "--metrics"]).arg(&metrics);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| (0..transfers).for_each(|_| server.serve()));
+        let metrics = Host::new().dir.keep().join("metrics.json");
+        let mut command = with_room(boot(name, file, self.words, &[&TIME, flags].concat()));
+        command.args(["--net", self.net, "--metrics"]).arg(&metrics);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let output = thread::scope(|scope| {
+            scope.spawn(|| (0..self.times).for_each(|_| server.serve()));
+            meanwhile(&mut child);
             let output = child.wait_with_output().unwrap();
             if !output.status.success() {
-                (0..transfers).for_each(|_| server.give_up());
+                (0..self.times).for_each(|_| server.give_up());
             }
             status(&output, 0);
             let text = stdout(&output);
             let sums = text.lines().filter_map(|line| line.trim().strip_prefix("sum="));
-            assert_eq!(sums.collect::<Vec<_>>(), vec![server.sum(&host); transfers], "{text}");
-            assert_eq!(fact(&text, "queues"), queues.to_string());
+            assert_eq!(sums.collect::<Vec<_>>(), vec![server.sum(&host); self.times], "{text}");
+            output
         });
-        assert_counted(&metrics, &server);
-    });
+        (output, server, metrics)
+    }
 }
 
 #[test]
@@ -194,6 +219,111 @@ fn net_tap_stock_6_1_with_two_queues() {
 #[ignore = "needs hardware-grade KVM"]
 fn net_tap_tuned() {
     tap_transfers("tuned", "vmlinux", 1, &["--discovery", "cmdline"]);
+}
+
+/// The kernel serves the card: the VM has what it takes, and counts nothing.
+fn assert_vhost(metrics: &Path) {
+    let text = std::fs::read_to_string(metrics).unwrap();
+    assert!(!text.contains("microvm_net_rx_bytes_total"), "the VM's own thread serves the card: {text}");
+}
+
+/// Each thread has its filter. The kernel's own worker, which runs no code of ours, is a thread from Linux 6.4 on.
+fn assert_confined(vm: u32) {
+    let mut names = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{vm}/task")).unwrap() {
+        let status = std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim();
+        let name = field("Name:");
+        assert!(name.starts_with("vhost-") || field("Seccomp:") == "2", "{status}");
+        names.push(name.to_string());
+    }
+    assert!(names.contains(&"net0".into()), "{names:?}");
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM and vhost-net"]
+fn net_vhost_stock_6_1_with_two_queues() {
+    let words = "net 172.30.0.2 172.30.0.1 4";
+    let transfers = Transfers { times: 4, queues: 2, net: "tap=tap0,vhost=on", words };
+    in_own_network(|| {
+        let (output, _, metrics) = transfers.run(("stock-6.1", "bzImage"), &["--cpus", "2"], |_| {});
+        assert_eq!(fact(&stdout(&output), "queues"), "2");
+        assert_vhost(&metrics);
+    });
+}
+
+/// A driver that goes, and comes again.
+#[test]
+#[ignore = "needs hardware-grade KVM and vhost-net"]
+fn net_vhost_serves_one_driver_after_the_other() {
+    let words = "net-rebind 172.30.0.2 172.30.0.1";
+    let transfers = Transfers { times: 2, queues: 2, net: "tap=tap0,vhost=auto", words };
+    let flags = ["--discovery", "cmdline", "--cpus", "2"];
+    in_own_network(|| {
+        let (output, _, metrics) = transfers.run(("tuned", "vmlinux"), &flags, |_| {});
+        assert_eq!(stdout(&output).matches("queues=2").count(), 2);
+        assert_vhost(&metrics);
+    });
+}
+
+/// Pauses while a file is under way lose nothing, and the kernel touches nothing in them.
+#[test]
+#[ignore = "needs hardware-grade KVM and vhost-net"]
+fn net_vhost_is_paused_under_traffic() {
+    let run = Host::new();
+    let transfers =
+        Transfers { times: 2, queues: 1, net: "tap=tap0,vhost=on", words: "net 172.30.0.2 172.30.0.1 2" };
+    let socket = run.dir.path().join("control");
+    let flags = ["--discovery", "cmdline", "--control", socket.to_str().unwrap()];
+    in_own_network(|| {
+        let ctl = |action: &str| {
+            let output = run.microvm(["ctl"]).arg(&socket).arg(action).output().unwrap();
+            status(&output, 0);
+        };
+        let (_, _, metrics) = transfers.run(("tuned", "vmlinux"), &flags, |child| {
+            read_until(child, "begins=yes");
+            assert_confined(child.id());
+            let received = || {
+                let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+                text.lines().find(|l| l.contains("tap0")).unwrap().to_string()
+            };
+            let first = received();
+            for _ in 0..10 {
+                ctl("pause");
+                let before = received();
+                let taken = |line: &str| line.split_whitespace().nth(2).unwrap().to_string();
+                for _ in 0..1000 {
+                    thread::yield_now();
+                }
+                // The guest sends nothing.
+                assert_eq!(taken(&received()), taken(&before));
+                ctl("resume");
+            }
+            assert_ne!(received(), first, "no traffic");
+        });
+        assert_vhost(&metrics);
+    });
+}
+
+/// A host without vhost-net: one line with `on`, and our own thread with `auto`.
+#[test]
+#[ignore = "needs hardware-grade KVM and vhost-net"]
+fn net_vhost_that_is_not_there() {
+    in_own_network(|| {
+        let host = Host::new();
+        let empty = host.file("nothing", b"");
+        add_tap("tap0", "172.30.1.1");
+        let boot = |vhost: &str| {
+            let net = format!("tap=tap0,vhost={vhost}");
+            let flags = ["--net", &net, "--discovery", "cmdline"];
+            boot("tuned", "vmlinux", "exit 0", &flags).env("RUST_LOG", "error").output().unwrap()
+        };
+        // No device, whatever its name says.
+        run(&format!("mount --bind {} /dev/vhost-net", empty.display()));
+        assert_fails(&boot("on"), 1, &["--net vhost=on", "vhost=off"]);
+        status(&boot("auto"), 0);
+        run("umount /dev/vhost-net");
+    });
 }
 
 /// A host with a default route, which is where passt takes the guest's address from, and a name server of its own.

@@ -20,6 +20,8 @@ pub struct Interrupt {
     status: AtomicU32,
     generation: Mutex<u32>,
     needs_reset: AtomicBool,
+    /// The kernel raises it, too, and notes no reason.
+    is_shared: AtomicBool,
     /// How many lines are left; never filled again.
     complaints: AtomicU32,
 }
@@ -33,6 +35,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             generation: Mutex::new(0),
             needs_reset: AtomicBool::new(false),
+            is_shared: AtomicBool::new(false),
             complaints: AtomicU32::new(COMPLAINTS),
         }
     }
@@ -40,6 +43,13 @@ impl Interrupt {
     /// The device has used buffers, and the driver wants to know.
     pub fn used_buffer(&self) {
         self.raise(USED_BUFFER);
+    }
+
+    /// Lets the kernel raise the interrupt for used buffers, without a thread of ours between. It notes no reason, so until
+    /// the reset the status always has this one: a driver finds nothing new then, which it must bear (§2.7.7.1).
+    pub fn share_with_kernel(&self) -> &EventFd {
+        self.is_shared.store(true, Ordering::SeqCst);
+        &self.line
     }
 
     /// The device's configuration has changed, of which the driver reads nothing in parts; else
@@ -84,7 +94,8 @@ impl Interrupt {
     }
 
     pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        let shared = if self.is_shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        self.status.load(Ordering::SeqCst) | shared
     }
 
     pub(super) fn acknowledge(&self, bits: u32) {
@@ -103,6 +114,7 @@ impl Interrupt {
     /// Forgets what the old driver has not seen.
     pub(super) fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
+        self.is_shared.store(false, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
     }
 
@@ -111,5 +123,24 @@ impl Interrupt {
         self.status.fetch_or(bit, Ordering::SeqCst);
         // Full only after 2⁶⁴ - 2 interrupts that KVM did not take.
         let _ = self.line.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::event::new_event;
+
+    #[test]
+    fn what_the_kernel_raises_is_about_used_buffers_until_the_reset() {
+        let interrupt = Interrupt::new(new_event().unwrap());
+        assert_eq!(interrupt.status(), 0);
+        interrupt.share_with_kernel().write(1).unwrap();
+        interrupt.config_changed();
+        assert_eq!(interrupt.status(), USED_BUFFER | CONFIG_CHANGE);
+        interrupt.acknowledge(USED_BUFFER | CONFIG_CHANGE);
+        assert_eq!(interrupt.status(), USED_BUFFER, "the next one may be there already");
+        interrupt.reset();
+        assert_eq!(interrupt.status(), 0);
     }
 }

@@ -25,6 +25,7 @@ mod transport;
 pub mod vsock;
 mod worker;
 
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -104,7 +105,7 @@ pub enum ActivateError {
     QueueMissing(u16),
     /// The host has no thread or descriptor left.
     #[error("the host refuses a resource")]
-    Host(#[from] std::io::Error),
+    Host(#[from] io::Error),
     /// No thread, or none that is confined.
     #[error(transparent)]
     Thread(#[from] SandboxError),
@@ -124,6 +125,13 @@ pub trait VirtioDevice: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// The driver writes to the configuration space. Fields that it may not write are left alone.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Does what takes guest memory and a process that is not confined yet. Called once, before [`VirtioDevice::keep`].
+    ///
+    /// # Errors
+    /// The host refuses; no VM then.
+    fn prepare(&mut self, _memory: &Memory) -> io::Result<()> {
+        Ok(())
+    }
     /// Names the descriptors that it has, which are to stay open when the VM confines itself.
     fn keep(&self, _kept: &mut Kept) {}
     /// Starts serving. Called on the VMM's thread, which alone may start threads.

@@ -198,6 +198,23 @@ impl Queue {
         self.setup.size
     }
 
+    /// What the driver has set up, which was checked: for who serves the queue in our place, as the kernel does.
+    #[must_use]
+    pub fn setup(&self) -> QueueSetup {
+        self.setup
+    }
+
+    /// The next entry of the available ring to take.
+    #[must_use]
+    pub fn position(&self) -> u16 {
+        self.next_available
+    }
+
+    /// Takes note of what was served in our place: all that was taken before `position` was given back.
+    pub fn go_on_at(&mut self, position: u16) {
+        (self.next_available, self.next_used, self.published) = (position, position, position);
+    }
+
     /// Whether the guest has made chains available that were not taken yet.
     ///
     /// # Errors

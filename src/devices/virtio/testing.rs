@@ -85,8 +85,9 @@ pub struct Driver {
 
 impl Driver {
     /// A device that no driver has found yet.
-    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(mut device: Box<dyn VirtioDevice>) -> Self {
         let memory = Memory::new(&MEMORY.parse().unwrap()).unwrap();
+        device.prepare(&memory).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let line = event();
         let notify = device.queue_sizes().iter().map(|_| Arc::new(event())).collect();

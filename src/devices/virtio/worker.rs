@@ -18,6 +18,9 @@ pub trait Served: Send + 'static {
     const THREAD: ThreadKind = ThreadKind::Worker;
     /// The descriptors that it waits for, each with the token that [`Served::event`] gets.
     fn events(&self) -> Vec<(RawFd, EventSet, u64)>;
+    /// Has others go on with what they do for it. Called on the device's own thread, before the first event and after each
+    /// pause, also one that was given up; it may go on already.
+    fn begin(&mut self) {}
     /// Descriptor `token` is ready. `epoll` is there to wait for more, or for less.
     fn event(&mut self, token: u64, ready: EventSet, epoll: &Epoll);
     /// Waits for what others do for it, as the kernel with io_uring: until the next event nothing may touch guest
@@ -111,6 +114,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
     let mut events = [EpollEvent::default(); BATCH];
+    state.begin();
     loop {
         let count = match epoll.wait(-1, &mut events) {
             Ok(count) => count,
@@ -121,10 +125,11 @@ fn serve<S: Served>(state: &mut S, epoll: &Epoll, control: &WorkerControl) {
             }
         };
         // Before the others: what they ask for comes after a pause, or never.
-        if events[..count].iter().any(|e| e.data() == CONTROL)
-            && let Next::End = control.obey(|| state.drain())
-        {
-            break;
+        if events[..count].iter().any(|e| e.data() == CONTROL) {
+            match control.obey(|| state.drain()) {
+                Next::End => break,
+                Next::Serve => state.begin(),
+            }
         }
         // Also those that came with a pause: an edge is told once.
         for event in events[..count].iter().filter(|e| e.data() != CONTROL) {
@@ -151,6 +156,7 @@ mod tests {
     struct Counting {
         event: EventFd,
         count: Arc<AtomicU64>,
+        begun: Arc<AtomicU64>,
         draining: Sender<()>,
         may_drain: Receiver<()>,
         panics: Arc<AtomicBool>,
@@ -159,6 +165,10 @@ mod tests {
     impl Served for Counting {
         fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
             vec![(self.event.as_raw_fd(), EventSet::IN, 0)]
+        }
+
+        fn begin(&mut self) {
+            self.begun.fetch_add(1, Ordering::SeqCst);
         }
 
         fn event(&mut self, _token: u64, _ready: EventSet, _epoll: &Epoll) {
@@ -176,6 +186,7 @@ mod tests {
     struct Rig {
         worker: Worker<Counting>,
         count: Arc<AtomicU64>,
+        begun: Arc<AtomicU64>,
         draining: Receiver<()>,
         let_drain: Sender<()>,
         panics: Arc<AtomicBool>,
@@ -185,11 +196,19 @@ mod tests {
         let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         event.write(1).unwrap();
         let ((draining, drains), (let_drain, may_drain)) = (mpsc::channel(), mpsc::channel());
-        let (count, panics) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let state = Counting { event, count: count.clone(), draining, may_drain, panics: panics.clone() };
+        let (count, begun) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let panics = Arc::<AtomicBool>::default();
+        let state = Counting {
+            event,
+            count: count.clone(),
+            begun: begun.clone(),
+            draining,
+            may_drain,
+            panics: panics.clone(),
+        };
         let worker = Worker::start("counting", Confined::not(), state);
         let worker = worker.unwrap_or_else(|e| panic!("{}", e.error));
-        Rig { worker, count, draining: drains, let_drain, panics }
+        Rig { worker, count, begun, draining: drains, let_drain, panics }
     }
 
     impl Rig {
@@ -218,8 +237,9 @@ mod tests {
     fn a_paused_worker_does_nothing_until_it_is_resumed() {
         let rig = rig();
         let control = rig.worker.control();
-        for _ in 0..3 {
+        for pauses in 0..3 {
             rig.wait_for_events();
+            assert!(rig.begun.load(Ordering::SeqCst) > pauses, "others were not told to go on");
             rig.let_drain.send(()).unwrap();
             control.ask_to_pause();
             assert!(control.is_paused_by(soon()));

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::devices::DeviceControl;
 
-use super::Shared;
+use super::card::Shared;
 
 /// There is nothing to change.
 pub(super) struct NetControl(pub Arc<Shared>);
@@ -23,6 +23,7 @@ impl DeviceControl for NetControl {
     fn describe(&self) -> Value {
         json!({
             "backend": self.0.name,
+            "vhost": self.0.is_vhost,
             "mac": self.0.mac.to_string(),
             "link": if self.0.has_link() { "up" } else { "down" },
         })

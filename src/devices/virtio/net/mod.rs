@@ -1,7 +1,8 @@
 //! The network card (virtio 1.3 §5.1), on a tap or on `passt`. Each pair of queues has a thread and a backend of its own;
-//! only taps have several pairs.
+//! only taps have several pairs. With vhost the kernel serves the queues of a tap ([`VhostNet`]).
 
 mod backend;
+mod card;
 mod commands;
 mod control;
 mod counters;
@@ -13,11 +14,12 @@ mod tap;
 #[cfg(test)]
 pub(super) mod tests;
 mod tx;
+mod vhost;
 mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use crate::config::Mac;
 use crate::devices::DeviceControl;
@@ -26,14 +28,16 @@ use crate::sandbox::Kept;
 
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, NotStarted, Served, VirtioDevice, Worker,
-    WorkerControl, read_config_space, take_queue,
+    WorkerControl, read_config_space,
 };
 
 pub use backend::Backend;
 pub use passt::{Passt, PasstError};
 pub use tap::{Tap, TapError};
+pub use vhost::{Kernels, VhostError, VhostNet, VhostParts};
 
 use backend::is_gone;
+use card::{Card, PairQueues, Shared};
 use commands::Commands;
 use control::NetControl;
 use counters::NetCounters;
@@ -70,10 +74,6 @@ pub const F_MQ: u64 = 1 << 22;
 
 /// The most pairs of queues: each has a thread.
 pub const MAX_PAIRS: usize = 8;
-const QUEUE_SIZE: u16 = 256;
-/// Linux has one command under way.
-const COMMANDS_SIZE: u16 = 64;
-const LINK_UP: u16 = 1;
 
 /// What a card is made from.
 pub struct NetParts {
@@ -92,21 +92,6 @@ pub struct NetParts {
     pub bandwidth: Option<u64>,
 }
 
-/// What the card, its thread and the control socket know.
-struct Shared {
-    id: String,
-    mac: Mac,
-    name: String,
-    link: AtomicBool,
-    counters: NetCounters,
-}
-
-impl Shared {
-    fn has_link(&self) -> bool {
-        self.link.load(Ordering::SeqCst)
-    }
-}
-
 /// What the thread of a pair of queues needs of the host, made before the VM confines itself.
 struct HostParts {
     /// None once it is gone.
@@ -119,10 +104,8 @@ struct HostParts {
 
 /// A network card.
 pub struct Net {
-    shared: Arc<Shared>,
-    features: u64,
-    mtu: u16,
-    queue_sizes: Vec<u16>,
+    card: Card,
+    counters: NetCounters,
     /// By pair of queues. Away while a thread has them; lost with one that panicked.
     parts: Vec<Option<HostParts>>,
     /// By pair of queues, without gaps.
@@ -138,13 +121,6 @@ impl Net {
         let NetParts { id, mac, backends, name, iops, bandwidth } = parts;
         let (features, mtu) =
             backends.first().map_or((0, None), |backend| (backend.features(), backend.mtu()));
-        let pairs = backends.len();
-        let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
-        let mut features = features | F_MAC | F_STATUS | if mtu.is_some() { F_MTU } else { 0 };
-        if pairs > 1 {
-            features |= F_CTRL_VQ | F_MQ;
-            queue_sizes.push(COMMANDS_SIZE);
-        }
         let (rx, tx) = (limiter(iops, bandwidth), limiter(iops, bandwidth));
         let host_parts = |(pair, backend)| {
             let switch = if pair > 0 { Some(Arc::new(Switch::new()?)) } else { None };
@@ -152,11 +128,10 @@ impl Net {
             Ok(Some(HostParts { backend: Some(backend), rx_limit, tx_limit, switch }))
         };
         let counters = NetCounters::new(metrics, &id);
+        let shared = Shared { id, mac, name, is_vhost: false, link: AtomicBool::new(true) };
         Ok(Self {
-            shared: Arc::new(Shared { id, mac, name, link: AtomicBool::new(true), counters }),
-            features,
-            mtu: mtu.unwrap_or(0),
-            queue_sizes,
+            card: Card::new(shared, features, mtu, backends.len()),
+            counters,
             parts: backends.into_iter().enumerate().map(host_parts).collect::<io::Result<_>>()?,
             workers: Vec::new(),
         })
@@ -165,18 +140,7 @@ impl Net {
     /// Its place on the control socket.
     #[must_use]
     pub fn control(&self) -> Box<dyn DeviceControl> {
-        Box::new(NetControl(self.shared.clone()))
-    }
-
-    /// The configuration space (§5.1.4): address, link, number of queue pairs, MTU.
-    fn config(&self) -> [u8; 12] {
-        let mut space = [0; 12];
-        let link = if self.shared.has_link() { LINK_UP } else { 0 };
-        space[..6].copy_from_slice(&self.shared.mac.0);
-        space[6..8].copy_from_slice(&link.to_le_bytes());
-        space[8..10].copy_from_slice(&(self.parts.len() as u16).to_le_bytes());
-        space[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        space
+        Box::new(NetControl(self.card.shared.clone()))
     }
 
     /// Makes the backends do as the driver has accepted. What the last driver accepted counts no more, and neither does a
@@ -188,7 +152,7 @@ impl Net {
             // Gone between two drivers: the new one finds no link.
             Err(e) if is_gone(&e) => {
                 first.backend = None;
-                self.shared.link.store(false, Ordering::SeqCst);
+                self.card.shared.lose_link();
                 Ok(())
             }
             other => other,
@@ -200,8 +164,8 @@ impl Net {
     /// # Errors
     /// A queue is missing, or this is not the first time.
     pub fn serving(&mut self, mut activation: Activation) -> Result<impl Served + use<>, ActivateError> {
-        let mut pairs = self.take_pairs(&mut activation)?;
-        self.worker_of(0, pairs.swap_remove(0), &activation)
+        let mut queues = self.card.take_queues(&mut activation)?;
+        self.worker_of(0, queues.pairs.swap_remove(0), queues.commands, &activation)
     }
 
     /// The state of a pair's thread.
@@ -209,18 +173,23 @@ impl Net {
         &mut self,
         pair: usize,
         queues: PairQueues,
+        commands: Option<Commands>,
         activation: &Activation,
     ) -> Result<NetWorker, ActivateError> {
         let host = self.parts.get_mut(pair).and_then(Option::take).ok_or_else(no_parts)?;
-        let PairQueues { rx, tx, commands } = queues;
+        let others = self.parts.get(1..commands.as_ref().map_or(1, |c| c.pairs)).unwrap_or_default();
+        let switches = others.iter().flatten().filter_map(|parts| parts.switch.clone()).collect();
+        let PairQueues { rx, tx } = queues;
         Ok(NetWorker::new(WorkerParts {
             pair,
             commands,
+            switches,
+            counters: self.counters.clone(),
             rx: Rx::new(rx, activation.features),
             tx: Tx::new(tx),
             memory: activation.memory.clone(),
             interrupt: activation.interrupt.clone(),
-            shared: self.shared.clone(),
+            shared: self.card.shared.clone(),
             host,
         }))
     }
@@ -230,11 +199,12 @@ impl Net {
         &mut self,
         pair: usize,
         queues: PairQueues,
+        commands: Option<Commands>,
         activation: &Activation,
     ) -> Result<(), ActivateError> {
-        let worker = self.worker_of(pair, queues, activation)?;
+        let worker = self.worker_of(pair, queues, commands, activation)?;
         // The first pair's thread has the card's name.
-        let id = &self.shared.id;
+        let id = &self.card.shared.id;
         let name = if pair == 0 { id.clone() } else { format!("{id}-q{pair}") };
         match Worker::start(&name, activation.confined, worker) {
             Ok(worker) => {
@@ -246,35 +216,6 @@ impl Net {
                 Err(error)
             }
         }
-    }
-
-    /// The queues of each pair that the driver has set up, from the first without a gap. Without [`F_MQ`] there is one
-    /// pair, and the queue for commands comes right behind it (§5.1.2).
-    fn take_pairs(&self, activation: &mut Activation) -> Result<Vec<PairQueues>, ActivateError> {
-        let has = |feature| activation.features & feature != 0;
-        let most = if has(F_MQ) { self.parts.len() } else { 1 };
-        let has_commands = has(F_CTRL_VQ);
-        let queues = &mut activation.queues;
-        let commands = if has_commands { take_queue(queues, 2 * most as u16).ok() } else { None };
-        let mut pairs = vec![PairQueues::take(queues, 0)?];
-        pairs.extend((1..most).map_while(|pair| PairQueues::take(queues, pair).ok()));
-        let switches = self.parts[1..pairs.len()].iter().flatten().filter_map(|parts| parts.switch.clone());
-        pairs[0].commands = commands.map(|queue| Commands::new(queue, switches.collect()));
-        Ok(pairs)
-    }
-}
-
-/// The queues of one thread.
-struct PairQueues {
-    rx: ActiveQueue,
-    tx: ActiveQueue,
-    commands: Option<Commands>,
-}
-
-impl PairQueues {
-    fn take(queues: &mut Vec<ActiveQueue>, pair: usize) -> Result<Self, ActivateError> {
-        let rx = take_queue(queues, 2 * pair as u16)?;
-        Ok(Self { rx, tx: take_queue(queues, 2 * pair as u16 + 1)?, commands: None })
     }
 }
 
@@ -289,19 +230,19 @@ impl VirtioDevice for Net {
     }
 
     fn id(&self) -> &str {
-        &self.shared.id
+        &self.card.shared.id
     }
 
     fn features(&self) -> u64 {
-        self.features
+        self.card.features
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+        &self.card.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config(), offset, data);
+        read_config_space(&self.card.config(), offset, data);
     }
 
     fn keep(&self, kept: &mut Kept) {
@@ -318,10 +259,10 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let pairs = self.take_pairs(&mut activation)?;
+        let mut queues = self.card.take_queues(&mut activation)?;
         self.set_features(activation.features)?;
-        for (pair, queues) in pairs.into_iter().enumerate() {
-            if let Err(e) = self.start(pair, queues, &activation) {
+        for (pair, pair_queues) in queues.pairs.into_iter().enumerate() {
+            if let Err(e) = self.start(pair, pair_queues, queues.commands.take(), &activation) {
                 drop(self.quiesce());
                 return Err(e);
             }
@@ -338,7 +279,7 @@ impl VirtioDevice for Net {
         // The first pair last: it has the queue for commands, and puts the tap back as it was.
         for worker in self.workers.drain(..).rev() {
             let Some(worker) = worker.stop() else {
-                self.shared.link.store(false, Ordering::SeqCst);
+                self.card.shared.lose_link();
                 continue;
             };
             let NetWorker { pair, rx, tx, commands, host, .. } = worker;

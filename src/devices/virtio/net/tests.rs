@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
@@ -110,7 +110,7 @@ fn setup_with(features: u64, iops: Option<u64>) -> Setup {
     let (tap, network) = fake_tap();
     let (accepted, error, unwaitable) = (tap.accepted.clone(), tap.error.clone(), tap.unwaitable.clone());
     let net = card(Box::new(tap), iops);
-    let counters = net.shared.counters.clone();
+    let counters = net.counters.clone();
     let driver = Driver::start_with(Box::new(net), &[16, 16], features);
     Setup { driver, network, counters, accepted, error, unwaitable }
 }
@@ -573,7 +573,7 @@ fn pairs(queues: usize, features: u64, iops: Option<u64>) -> Pairs {
     let ((first, network), (second, other_network)) = (fake_tap(), fake_tap());
     let switched = second.switched.clone();
     let net = card_of(vec![Box::new(first), Box::new(second)], iops);
-    let counters = net.shared.counters.clone();
+    let counters = net.counters.clone();
     let driver = Driver::start_with(Box::new(net), &vec![16; queues], features);
     Pairs { driver, networks: [network, other_network], counters, switched }
 }

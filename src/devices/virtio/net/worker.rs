@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -11,10 +10,12 @@ use crate::vm::Memory;
 
 use super::super::{Interrupt, QueueError, Served};
 use super::backend::Sent;
+use super::card::Shared;
 use super::commands::Commands;
 use super::rx::{Rx, RxEnd};
+use super::switch::Switch;
 use super::tx::{Tx, TxEnd};
-use super::{HostParts, Limit, NetCounters, Shared};
+use super::{HostParts, Limit, NetCounters};
 
 const RX_NOTIFY: u64 = 0;
 const TX_NOTIFY: u64 = 1;
@@ -31,6 +32,9 @@ pub(super) struct NetWorker {
     pub(super) tx: Tx,
     /// The first pair's thread serves it.
     pub(super) commands: Option<Commands>,
+    /// What it controls: every pair but the first that the driver has set up.
+    switches: Vec<Arc<Switch>>,
+    counters: NetCounters,
     memory: Memory,
     interrupt: Arc<Interrupt>,
     shared: Arc<Shared>,
@@ -47,6 +51,8 @@ pub(super) struct NetWorker {
 pub(super) struct WorkerParts {
     pub(super) pair: usize,
     pub(super) commands: Option<Commands>,
+    pub(super) switches: Vec<Arc<Switch>>,
+    pub(super) counters: NetCounters,
     pub(super) rx: Rx,
     pub(super) tx: Tx,
     pub(super) memory: Memory,
@@ -66,10 +72,25 @@ pub(super) struct Context<'a> {
 impl NetWorker {
     /// A worker that has not begun.
     pub(super) fn new(parts: WorkerParts) -> Self {
-        let WorkerParts { pair, commands, rx, tx, memory, interrupt, shared, host } = parts;
+        let WorkerParts { pair, commands, switches, counters, rx, tx, memory, interrupt, shared, host } =
+            parts;
         let is_on = host.switch.is_none();
         let (is_starved, is_blocked) = (false, false);
-        Self { pair, rx, tx, commands, memory, interrupt, shared, host, is_on, is_starved, is_blocked }
+        Self {
+            pair,
+            rx,
+            tx,
+            commands,
+            switches,
+            counters,
+            memory,
+            interrupt,
+            shared,
+            host,
+            is_on,
+            is_starved,
+            is_blocked,
+        }
     }
 
     fn serve(&mut self, token: u64, ready: EventSet, epoll: &Epoll) -> Result<(), QueueError> {
@@ -78,7 +99,13 @@ impl NetWorker {
         }
         match token {
             COMMAND => match &mut self.commands {
-                Some(commands) => commands.serve(self.memory.guest(), &self.interrupt),
+                Some(commands) => {
+                    let mut turn = |pairs| {
+                        let switches = self.switches.iter().enumerate();
+                        switches.for_each(|(index, switch)| switch.turn(index + 1 < pairs));
+                    };
+                    commands.serve(self.memory.guest(), &self.interrupt, &mut turn)
+                }
                 None => Ok(()),
             },
             SWITCH => self.follow_switch(epoll),
@@ -156,7 +183,7 @@ impl NetWorker {
         let mut context = Context {
             memory: self.memory.guest(),
             interrupt: &self.interrupt,
-            counters: &self.shared.counters,
+            counters: &self.counters,
             limit: &mut self.host.rx_limit,
         };
         let end = self.rx.serve(&mut context, backend.as_mut())?;
@@ -181,7 +208,7 @@ impl NetWorker {
         let mut context = Context {
             memory: self.memory.guest(),
             interrupt: &self.interrupt,
-            counters: &self.shared.counters,
+            counters: &self.counters,
             limit: &mut self.host.tx_limit,
         };
         let backend = self.host.backend.as_deref_mut().filter(|_| self.is_on);
@@ -237,7 +264,7 @@ impl NetWorker {
         if self.shared.has_link() {
             log::warn!("{}: its tap or passt is gone; the guest goes on without a link", self.shared.id);
         }
-        self.interrupt.change_config(|| self.shared.link.store(false, Ordering::SeqCst));
+        self.interrupt.change_config(|| self.shared.lose_link());
         if self.is_blocked {
             // What waited for room goes nowhere, too.
             self.is_blocked = false;
