@@ -29,6 +29,7 @@ pub mod sandbox;
 
 pub mod config;
 
+pub mod guest;
 pub mod logger;
 pub mod metrics;
 pub mod sys;

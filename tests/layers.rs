@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["arch"],
     &["bus", "sandbox"],
     &["config"],
-    &["logger", "metrics", "sys"],
+    &["guest", "logger", "metrics", "sys"],
 ];
 
 fn layer(module: &str) -> Option<usize> {
