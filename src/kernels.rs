@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::arch::x86_64::image::{self, Entry, ImageError, SizedFile};
+use crate::arch::x86_64::image::{self, ImageError, SizedFile};
 use crate::config::is_name;
 use crate::sys::data::data_folder;
 
@@ -50,7 +50,9 @@ pub enum KernelError {
     #[error("{0:?} is no name for a kernel: letters, digits, '.', '_' and '-', not \"default\"")]
     Name(String),
     /// It is there.
-    #[error("a kernel {0} is there already: remove it first (microvm kernel rm {0}), or choose another --name")]
+    #[error(
+        "a kernel {0} is there already: remove it first (microvm kernel rm {0}), or choose another --name"
+    )]
     Taken(String),
     /// It is not there.
     #[error("there is no kernel {0}: see microvm kernel ls")]
@@ -230,7 +232,7 @@ fn look_at(path: &Path) -> Result<(u64, &'static str), KernelError> {
     }
     let image = image::parse(&SizedFile { file: &file, len: metadata.len() });
     let image = image.map_err(|source| KernelError::NoKernel { path: path.into(), source })?;
-    Ok((metadata.len(), format_of(&image)))
+    Ok((metadata.len(), if image.setup_header.is_some() { "bzImage" } else { "vmlinux" }))
 }
 
 fn copy_all(folder: &Path, kernel: &Path, initrd: Option<&Path>) -> Result<(), KernelError> {
@@ -243,4 +245,87 @@ fn copy_all(folder: &Path, kernel: &Path, initrd: Option<&Path>) -> Result<(), K
         copied.map_err(file_error(from))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The smallest ELF kernel: a header and one segment, at its entry point.
+    fn kernel(dir: &Path) -> PathBuf {
+        let mut elf = vec![0; 0x1000];
+        let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(16, &[2, 0, 62, 0, 1]);
+        put(24, &0x100_0000_u64.to_le_bytes());
+        put(32, &64_u64.to_le_bytes());
+        put(52, &[64, 0, 56, 0, 1]);
+        put(64, &[1, 0, 0, 0, 5]);
+        for (at, value) in [(8, 0x200_u64), (16, 0x100_0000), (24, 0x100_0000), (32, 0x100), (40, 0x100)] {
+            put(64 + at, &value.to_le_bytes());
+        }
+        let path = dir.join("vmlinux");
+        fs::write(&path, elf).unwrap();
+        path
+    }
+
+    fn store() -> (tempfile::TempDir, KernelStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = KernelStore { folder: dir.path().join("kernels") };
+        (dir, store)
+    }
+
+    fn names(store: &KernelStore) -> Vec<String> {
+        store.list().unwrap().into_iter().map(|k| k.name).collect()
+    }
+
+    #[test]
+    fn the_first_kernel_is_the_default_until_another_one_is() {
+        let (dir, store) = store();
+        assert!(matches!(store.default(), Err(KernelError::NoDefault)));
+        let file = kernel(dir.path());
+        assert!(store.import("one", &file, None).unwrap().default);
+        let two = store.import("two", &file, Some(&file)).unwrap();
+        assert!(!two.default && two.initrd.is_some());
+        assert_eq!(
+            (two.format, two.bytes, store.default().unwrap().name.as_str()),
+            ("vmlinux", 0x1000, "one")
+        );
+        store.set_default("two").unwrap();
+        assert_eq!(store.default().unwrap().name, "two");
+        store.remove("two").unwrap();
+        assert!(matches!(store.default(), Err(KernelError::NoDefault)));
+        assert_eq!(names(&store), ["one"]);
+        assert!(matches!(store.set_default("two"), Err(KernelError::Missing(_))));
+        assert!(matches!(store.remove("two"), Err(KernelError::Missing(_))));
+    }
+
+    #[test]
+    fn what_is_no_kernel_leaves_nothing_behind() {
+        let (dir, store) = store();
+        let text = dir.path().join("text");
+        fs::write(&text, "no kernel").unwrap();
+        assert!(matches!(store.import("a", &text, None), Err(KernelError::NoKernel { .. })));
+        let file = kernel(dir.path());
+        for bad in ["", "default", "..", ".new-1", "a/b"] {
+            assert!(matches!(store.import(bad, &file, None), Err(KernelError::Name(_))), "{bad}");
+        }
+        let missing = dir.path().join("missing");
+        assert!(matches!(store.import("a", &file, Some(&missing)), Err(KernelError::File { .. })));
+        store.import("a", &file, None).unwrap();
+        assert!(matches!(store.import("a", &file, None), Err(KernelError::Taken(_))));
+        let mut all: Vec<_> = fs::read_dir(&store.folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        all.sort();
+        assert_eq!(all, ["a", "default"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_goes_with_the_next_import() {
+        let (dir, store) = store();
+        let dead = store.folder.join(format!("{UNFINISHED}4194999"));
+        fs::create_dir_all(&dead).unwrap();
+        assert_eq!(names(&store), [""; 0]);
+        store.import("a", &kernel(dir.path()), None).unwrap();
+        assert!(!dead.exists());
+    }
 }

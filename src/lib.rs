@@ -13,6 +13,8 @@ pub mod cli;
 
 pub mod doctor;
 
+pub mod kernels;
+
 pub mod control;
 
 pub mod vmm;

@@ -7,6 +7,7 @@ use std::path::Path;
 const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["doctor"],
+    &["kernels"],
     &["control"],
     &["vmm"],
     &["devices"],
