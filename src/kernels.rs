@@ -58,7 +58,7 @@ pub enum KernelError {
     #[error("there is no kernel {0}: see microvm kernel ls")]
     Missing(String),
     /// None is chosen.
-    #[error("no guest kernel is installed: microvm kernel import FILE, or run scripts/boot once")]
+    #[error("no kernel is chosen: microvm kernel import FILE, or microvm kernel default NAME")]
     NoDefault,
 }
 
