@@ -60,6 +60,32 @@ pub struct ProcessSpec {
     pub user: String,
 }
 
+impl GuestSpec {
+    /// An initramfs with this description alone, to be put behind another one that has `/init`: Linux unpacks one after
+    /// the other (Documentation/driver-api/early-userspace/buffer-format.rst). Its length is a multiple of four, as the
+    /// other's has to be.
+    #[must_use]
+    pub fn to_initramfs(&self) -> Vec<u8> {
+        let text = serde_json::to_vec(self).unwrap_or_else(|_| unreachable!("its keys are strings"));
+        let mut archive = Vec::new();
+        cpio_entry(&mut archive, SPEC_PATH.trim_start_matches('/'), 0o100_600, &text);
+        cpio_entry(&mut archive, "TRAILER!!!", 0, &[]);
+        archive
+    }
+}
+
+/// Adds a file to an archive of cpio's "newc" format: thirteen numbers of eight hexadecimal digits, name and contents,
+/// each filled up to four bytes.
+fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
+    // Inode, mode, user, group, links, time, length, four device numbers, length of the name with its NUL, no checksum.
+    let numbers = [0, mode, 0, 0, 1, 0, contents.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+    let head: String = numbers.iter().map(|n| format!("{n:08x}")).collect();
+    archive.extend_from_slice(format!("070701{head}{name}\0").as_bytes());
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend_from_slice(contents);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
 fn root() -> String {
     "/".into()
 }
@@ -67,6 +93,23 @@ fn root() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_initramfs_is_what_cpio_reads() {
+        let spec: GuestSpec =
+            serde_json::from_str(r#"{"layers": ["a"], "hostname": "h", "process": {"args": ["sh"]}}"#)
+                .unwrap();
+        let archive = spec.to_initramfs();
+        assert_eq!(archive.len() % 4, 0);
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = std::process::Command::new("cpio");
+        command.args(["-i", "--quiet"]).current_dir(dir.path()).stdin(std::process::Stdio::piped());
+        let Ok(mut child) = command.spawn() else { return eprintln!("no cpio here: not tested") };
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), &archive).unwrap();
+        assert!(child.wait().unwrap().success());
+        let text = std::fs::read(dir.path().join("microvm.json")).unwrap();
+        assert_eq!(serde_json::from_slice::<GuestSpec>(&text).unwrap(), spec);
+    }
 
     #[test]
     fn a_short_file_will_do() {

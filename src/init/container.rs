@@ -28,14 +28,15 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
     let name = rustix::system::sethostname(spec.hostname.as_bytes());
     name.map_err(|e| failed("the host name")(e.into()))?;
     let files = [
-        Overlay::new("/etc/hostname", &format!("{}\n", spec.hostname))?,
-        Overlay::new("/etc/hosts", &hosts(spec))?,
-        Overlay::new("/etc/resolv.conf", &resolv_conf(spec.network.as_ref()))?,
+        Overlay::new(rootfs::HOSTNAME, &format!("{}\n", spec.hostname))?,
+        Overlay::new(rootfs::HOSTS, &hosts(spec))?,
+        Overlay::new(rootfs::RESOLV_CONF, &resolv_conf(spec.network.as_ref()))?,
     ];
     rootfs::enter()?;
     for file in &files {
-        // Not where the image has no /etc and none can be made: it does without.
-        let _ = file.put();
+        if let Err(e) = file.put() {
+            eprintln!("microvm-init: {}: {e}", file.path());
+        }
     }
     if let Err(e) = network::set_up(spec.network.as_ref()) {
         eprintln!("microvm-init: the network cannot be set up: {e}");

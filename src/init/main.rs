@@ -57,6 +57,8 @@ fn main() {
         console::reopen();
         result.unwrap_or_else(|e| eprintln!("microvm-init: {e}"));
     }
+    // A container need not have the file that says which.
+    let status_port = status_port();
     let program = prepare();
     mark(Phase::InitReady);
     let status = match program {
@@ -68,7 +70,9 @@ fn main() {
     };
     mark(Phase::WorkloadEnd);
     console::drain();
-    tell_status(status);
+    rustix::fs::sync();
+    // 0 to 127 is what the port takes: a signal's 128 + N becomes 127. It ends the VM.
+    status_port.iter().for_each(|port| port.write(status.min(127)));
     end();
 }
 
@@ -167,19 +171,15 @@ fn pid_is(pid: Pid, child: u32) -> bool {
     u32::try_from(pid.as_raw_nonzero().get()) == Ok(child)
 }
 
-/// Ends the VM with the program's status, where the command line names the port for it.
-fn tell_status(status: u8) {
+/// Where the host takes the program's status, if the command line names a port for it.
+fn status_port() -> Option<Port> {
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let word = line.split_whitespace().find_map(|w| w.strip_prefix("microvm.exit_code_port="));
-    let port = word.and_then(|w| match w.strip_prefix("0x") {
+    let word = line.split_whitespace().find_map(|w| w.strip_prefix("microvm.exit_code_port="))?;
+    let number = match word.strip_prefix("0x") {
         Some(hex) => u16::from_str_radix(hex, 16).ok(),
-        None => w.parse().ok(),
-    });
-    rustix::fs::sync();
-    if let Some(port) = port.and_then(Port::open) {
-        // 0 to 127 is what the port takes: a signal's 128 + N becomes 127.
-        port.write(status.min(127));
-    }
+        None => word.parse().ok(),
+    };
+    Port::open(number?)
 }
 
 fn end() -> ! {

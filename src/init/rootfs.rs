@@ -17,6 +17,8 @@ use super::{Failed, failed};
 const WORK: &str = "/c";
 /// The writable layer, and below it the two folders that overlayfs wants.
 const WRITABLE: &str = "/c/w";
+/// The lowest layer: what is mounted over, for images that lack it.
+const SKELETON: &str = "s";
 /// The whole.
 pub const ROOT: &str = "/c/root";
 
@@ -30,18 +32,26 @@ pub fn mount_all(spec: &GuestSpec) -> Result<(), Failed> {
     for (index, id) in spec.layers.iter().enumerate() {
         mount_layer(id, Path::new(&index.to_string()))?;
     }
+    make_skeleton()?;
     let lower: Vec<_> = (0..spec.layers.len()).rev().map(|index| index.to_string()).collect();
-    match (spec.read_only, lower.as_slice()) {
-        // overlayfs takes no single folder without a writable one.
-        (true, [only]) => mount_bind(only.as_str(), ROOT).map_err(|e| failed("the layer")(e.into()))?,
-        (true, _) => overlay(MountFlags::RDONLY, &format!("lowerdir={}", lower.join(":")))?,
-        (false, _) => {
-            mount_writable(spec.storage.as_deref(), lower.first().map_or("", String::as_str))?;
-            let options = format!("lowerdir={},upperdir=w/upper,workdir=w/work", lower.join(":"));
-            overlay(MountFlags::empty(), &options)?;
-        }
+    let lowers = format!("lowerdir={}:{SKELETON}", lower.join(":"));
+    if spec.read_only {
+        overlay(MountFlags::RDONLY, &lowers)?;
+    } else {
+        mount_writable(spec.storage.as_deref(), lower.first().map_or("", String::as_str))?;
+        overlay(MountFlags::empty(), &format!("{lowers},upperdir=w/upper,workdir=w/work"))?;
     }
     mount_surroundings()
+}
+
+fn make_skeleton() -> Result<(), Failed> {
+    for folder in ["proc", "sys", "dev", "run", "etc"] {
+        fs::create_dir_all(Path::new(SKELETON).join(folder)).map_err(failed(folder))?;
+    }
+    for file in FILES {
+        fs::write(format!("{SKELETON}{file}"), "").map_err(failed(file))?;
+    }
+    Ok(())
 }
 
 fn overlay(flags: MountFlags, options: &str) -> Result<(), Failed> {
@@ -92,8 +102,7 @@ fn mount_writable(storage: Option<&str>, top: &str) -> Result<(), Failed> {
     fs::create_dir_all(Path::new(WRITABLE).join("work")).map_err(failed("the writable layer"))
 }
 
-/// What Docker mounts in every container. A folder that the image lacks and that cannot be made is done without, as
-/// with an image of one static program and nothing else.
+/// What Docker mounts in every container.
 fn mount_surroundings() -> Result<(), Failed> {
     let nothing = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
     let plain = MountFlags::NOSUID | MountFlags::NODEV;
@@ -120,10 +129,9 @@ fn mount_surroundings() -> Result<(), Failed> {
         {
             continue;
         }
+        // Below another mount.
         let _ = fs::create_dir(&target);
-        if let Err(e) = mount(kind, &target, kind, flags, options)
-            && target.exists()
-        {
+        if let Err(e) = mount(kind, &target, kind, flags, options) {
             eprintln!("microvm-init: {kind} cannot be mounted: {e}");
         }
     }
@@ -141,6 +149,12 @@ fn mount_surroundings() -> Result<(), Failed> {
     Ok(())
 }
 
+/// The container's files that say who and where it is.
+pub const HOSTNAME: &str = "/etc/hostname";
+pub const HOSTS: &str = "/etc/hosts";
+pub const RESOLV_CONF: &str = "/etc/resolv.conf";
+const FILES: [&str; 3] = [HOSTNAME, HOSTS, RESOLV_CONF];
+
 /// A file that is to lie over one of the container's.
 pub struct Overlay {
     path: &'static str,
@@ -153,6 +167,11 @@ impl Overlay {
         let own = Path::new(WORK).join(path.rsplit('/').next().unwrap_or(path));
         fs::write(&own, text).map_err(failed(path))?;
         Ok(Self { path, file: File::open(own).map_err(failed(path))? })
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &'static str {
+        self.path
     }
 
     /// Mounts it over the container's own, which stays as it is. Called inside, so that a link in the image leads to a
