@@ -13,6 +13,8 @@ pub mod cli;
 
 pub mod doctor;
 
+pub mod kernels;
+
 pub mod control;
 
 pub mod vmm;
@@ -29,6 +31,7 @@ pub mod sandbox;
 
 pub mod config;
 
+pub mod guest;
 pub mod logger;
 pub mod metrics;
 pub mod sys;

@@ -7,6 +7,7 @@ use std::path::Path;
 const LAYERS: &[&[&str]] = &[
     &["cli"],
     &["doctor"],
+    &["kernels"],
     &["control"],
     &["vmm"],
     &["devices"],
@@ -14,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["arch"],
     &["bus", "sandbox"],
     &["config"],
-    &["logger", "metrics", "sys"],
+    &["guest", "logger", "metrics", "sys"],
 ];
 
 fn layer(module: &str) -> Option<usize> {

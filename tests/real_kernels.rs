@@ -6,6 +6,8 @@ mod balloon;
 mod common;
 #[path = "real/console.rs"]
 mod console;
+#[path = "real/container.rs"]
+mod container;
 #[path = "real/mixed.rs"]
 mod mixed;
 #[path = "real/net.rs"]

@@ -16,6 +16,7 @@ use crate::config::{
     NetConfig, Publish, Sandbox, VmConfig, VsockConfig,
 };
 use crate::control::{Control, Place};
+use crate::kernels::{KernelError, KernelStore};
 use crate::metrics::{Clock, MetricsFile, Phase, Registry, Timeline, TimelineFormat, write_timeline};
 use crate::vmm::{self, End, Ended, Vmm};
 
@@ -53,8 +54,8 @@ const MAX_CONFIG: u64 = 1 << 20;
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct BootArgs {
-    /// The kernel: an uncompressed ELF vmlinux, or a bzImage
-    #[arg(long, value_name = "PATH", required_unless_present = "config")]
+    /// The kernel: an uncompressed ELF vmlinux, or a bzImage [default: the one of microvm kernel default]
+    #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
     /// The initramfs
     #[arg(long, value_name = "PATH")]
@@ -309,11 +310,26 @@ fn create_metrics(path: &Path, config: &VmConfig) -> Result<MetricsFile, CliErro
     MetricsFile::create(path).map_err(|source| CliError::Metrics { path: path.into(), source })
 }
 
+/// A VM with the kernel that this user has chosen. Where that has an initramfs, it is booted, too.
+fn default_kernel() -> Result<VmConfig, CliError> {
+    let kernel = match KernelStore::of_user().and_then(|kernels| kernels.default()) {
+        Err(KernelError::NoDefault) => {
+            return Err(CliError::Usage(
+                "--kernel PATH is needed, where no kernel was imported (microvm kernel import PATH)".into(),
+            ));
+        }
+        kernel => kernel?,
+    };
+    let mut config = VmConfig::new(kernel.path);
+    config.kernel.initrd = kernel.initrd;
+    Ok(config)
+}
+
 fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     let mut config = match (&args.config, &args.kernel) {
         (Some(path), _) => read_config(path)?,
         (None, Some(kernel)) => VmConfig::new(kernel.clone()),
-        (None, None) => return Err(CliError::Usage("--kernel PATH or --config FILE is needed".into())),
+        (None, None) => default_kernel()?,
     };
     if let Some(path) = args.kernel {
         config.kernel.path = path;

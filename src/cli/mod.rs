@@ -4,8 +4,10 @@ mod boot;
 mod completions;
 mod ctl;
 mod doctor;
+mod kernel;
 mod man;
 mod ps;
+mod table;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use crate::control::{ClientError, ControlError, PlaceError};
+use crate::kernels::KernelError;
 use crate::logger;
 use crate::metrics::Clock;
 use crate::vmm::{BuildError, RunError};
@@ -47,6 +50,8 @@ enum Command {
     Ps(ps::PsArgs),
     /// Control a running virtual machine: state, pause, resume, stop, metrics, devices
     Ctl(ctl::CtlArgs),
+    /// Keep guest kernels: import, ls, default, rm
+    Kernel(kernel::KernelArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
     /// Print a shell's completions
@@ -103,6 +108,9 @@ pub enum CliError {
     /// A VM that cannot be asked, or that refused.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// A guest kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -132,6 +140,7 @@ impl CliError {
             | Self::Place(_)
             | Self::Control(_)
             | Self::Client(_)
+            | Self::Kernel(_)
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -169,6 +178,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
         Command::Boot(args) => boot::run(*args, clock),
         Command::Ps(args) => ps::run(&args),
         Command::Ctl(args) => ctl::run(&args),
+        Command::Kernel(args) => kernel::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),

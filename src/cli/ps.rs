@@ -93,15 +93,7 @@ fn write_table(vms: &[Value], out: &mut dyn Write) -> io::Result<()> {
         [field("name"), field("pid"), field("state"), field("cpus"), memory, uptime, field("kernel")]
     };
     let head = ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME", "KERNEL"].map(String::from);
-    let rows: Vec<_> = std::iter::once(head).chain(vms.iter().map(row)).collect();
-    for row in &rows {
-        let cells = row.iter().enumerate().map(|(i, cell)| {
-            let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
-            format!("{cell:<width$}")
-        });
-        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
+    super::table::write(std::iter::once(head).chain(vms.iter().map(row)), out)
 }
 
 /// To the second: less is noise in a list.

@@ -1,19 +1,25 @@
 //! `microvm-init`: process 1 of a guest that runs one program.
 //!
-//! It mounts what a program expects, runs the program that stands behind ` -- ` on the kernel's command line, and
-//! switches the machine off. On the way it writes the timeline's marks to I/O port 0x80. With the word
+//! It mounts what a program expects, runs the program, and switches the machine off. The program is that of a container,
+//! where the initramfs has a description of one (`microvm::guest`), else what stands behind ` -- ` on the kernel's
+//! command line. On the way it writes the timeline's marks to I/O port 0x80. With the word
 //! `microvm.exit_code_port=PORT` on the command line the program's status becomes that of `microvm`.
 
 mod console;
+mod container;
 mod modules;
+mod network;
 mod port;
+mod rootfs;
+mod users;
 
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 
 use microvm::arch::x86_64::layout::MARK_PORT;
+use microvm::guest::ProcessSpec;
 use microvm::metrics::Phase;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions, getpid, wait};
@@ -21,8 +27,18 @@ use rustix::system::{RebootCommand, reboot};
 
 use port::Port;
 
-/// What a shell gives for a program that it cannot find or run.
-const NOT_RUN: u8 = 127;
+/// As Docker and shells have it: what runs the program failed; it may not be run; it is not there.
+const NOT_STARTED: u8 = 125;
+const NOT_ALLOWED: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// What failed, in words.
+struct Failed(String);
+
+/// Says of which part an error is.
+fn failed(what: &str) -> impl Fn(io::Error) -> Failed {
+    move |e| Failed(format!("{what}: {e}"))
+}
 
 fn main() {
     let marks = Port::open(MARK_PORT);
@@ -41,11 +57,22 @@ fn main() {
         console::reopen();
         result.unwrap_or_else(|e| eprintln!("microvm-init: {e}"));
     }
+    // A container need not have the file that says which.
+    let status_port = status_port();
+    let program = prepare();
     mark(Phase::InitReady);
-    let status = run(std::env::args_os().skip(1).collect(), &mark);
+    let status = match program {
+        Ok(program) => run(program, &mark),
+        Err(Failed(words)) => {
+            eprintln!("microvm-init: {words}");
+            NOT_STARTED
+        }
+    };
     mark(Phase::WorkloadEnd);
     console::drain();
-    tell_status(status);
+    rustix::fs::sync();
+    // 0 to 127 is what the port takes: a signal's 128 + N becomes 127. It ends the VM.
+    status_port.iter().for_each(|port| port.write(status.min(127)));
     end();
 }
 
@@ -71,25 +98,58 @@ fn unless_busy(error: rustix::io::Errno) -> rustix::io::Result<()> {
     if error == rustix::io::Errno::BUSY { Ok(()) } else { Err(error) }
 }
 
+/// What is run.
+enum Program {
+    /// A container's, which is there.
+    Container(ProcessSpec),
+    /// The words of the kernel's command line, in the initramfs.
+    Words(Vec<OsString>),
+}
+
+/// Makes the container, where the host wants one.
+fn prepare() -> Result<Program, Failed> {
+    match container::spec()? {
+        Some(spec) => container::enter(&spec).map(|()| Program::Container(spec.process)),
+        None => Ok(Program::Words(std::env::args_os().skip(1).collect())),
+    }
+}
+
 /// Runs the program and everything that it leaves behind until it has ended itself.
-fn run(words: Vec<OsString>, mark: &dyn Fn(Phase)) -> u8 {
-    let Some((program, arguments)) = words.split_first() else {
-        eprintln!("microvm-init: no program: give one behind ` -- ` on the kernel's command line");
-        return NOT_RUN;
-    };
+fn run(program: Program, mark: &dyn Fn(Phase)) -> u8 {
     mark(Phase::WorkloadStart);
+    let started = match &program {
+        Program::Container(process) => container::start(process),
+        Program::Words(words) => start(words),
+    };
+    match started {
+        Ok(child) => wait_for(child.id()),
+        Err(e) => {
+            eprintln!("microvm-init: {} cannot be run: {e}", program.name());
+            if e.kind() == io::ErrorKind::PermissionDenied { NOT_ALLOWED } else { NOT_FOUND }
+        }
+    }
+}
+
+impl Program {
+    fn name(&self) -> String {
+        let name = match self {
+            Self::Container(process) => process.args.first().cloned(),
+            Self::Words(words) => words.first().map(|word| word.display().to_string()),
+        };
+        name.unwrap_or_else(|| "no program".into())
+    }
+}
+
+fn start(words: &[OsString]) -> io::Result<Child> {
+    let (program, arguments) = words.split_first().ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, "give one behind ` -- ` on the kernel's command line")
+    })?;
     let mut command = Command::new(program);
     command.args(arguments).env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     // A session of its own, so that the console can become its terminal.
     // SAFETY: setsid is async-signal-safe and touches no memory of the parent's.
     unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
-    match command.spawn() {
-        Ok(child) => wait_for(child.id()),
-        Err(e) => {
-            eprintln!("microvm-init: {} cannot be run: {e}", program.display());
-            NOT_RUN
-        }
-    }
+    command.spawn()
 }
 
 /// Reaps children, orphans of the program too, until the program has ended.
@@ -99,10 +159,10 @@ fn wait_for(child: u32) -> u8 {
             Ok(Some((pid, status))) if pid_is(pid, child) => {
                 let status = ExitStatus::from_raw(status.as_raw());
                 // 128 + signal, as shells say it; statuses from 128 on cannot be told apart on the status port.
-                return status.code().or(status.signal().map(|s| 128 + s)).map_or(NOT_RUN, |n| n as u8);
+                return status.code().or(status.signal().map(|s| 128 + s)).map_or(NOT_STARTED, |n| n as u8);
             }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return NOT_RUN,
+            Err(_) => return NOT_STARTED,
         }
     }
 }
@@ -111,19 +171,15 @@ fn pid_is(pid: Pid, child: u32) -> bool {
     u32::try_from(pid.as_raw_nonzero().get()) == Ok(child)
 }
 
-/// Ends the VM with the program's status, where the command line names the port for it.
-fn tell_status(status: u8) {
+/// Where the host takes the program's status, if the command line names a port for it.
+fn status_port() -> Option<Port> {
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let word = line.split_whitespace().find_map(|w| w.strip_prefix("microvm.exit_code_port="));
-    let port = word.and_then(|w| match w.strip_prefix("0x") {
+    let word = line.split_whitespace().find_map(|w| w.strip_prefix("microvm.exit_code_port="))?;
+    let number = match word.strip_prefix("0x") {
         Some(hex) => u16::from_str_radix(hex, 16).ok(),
-        None => w.parse().ok(),
-    });
-    rustix::fs::sync();
-    if let Some(port) = port.and_then(Port::open) {
-        // 0 to 127 is what the port takes: a signal's 128 + N becomes 127.
-        port.write(status.min(127));
-    }
+        None => word.parse().ok(),
+    };
+    Port::open(number?)
 }
 
 fn end() -> ! {

@@ -2,6 +2,7 @@
 
 pub mod background_close;
 pub mod confinement;
+pub mod data;
 pub mod event;
 pub mod file_io;
 pub mod guest_iovec;

@@ -117,7 +117,7 @@ impl Host {
         command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
         // SAFETY: system calls alone, which is all that is allowed between fork and exec.
         unsafe { command.pre_exec(heed_signals) };
-        command.env("XDG_RUNTIME_DIR", self.run.path());
+        command.env("XDG_RUNTIME_DIR", self.run.path()).env("MICROVM_DATA", self.run.path().join("data"));
         command
     }
 

@@ -1,0 +1,122 @@
+//! What a guest that runs a container is told by its host: one JSON file in its initramfs, which `microvm-init` reads.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+/// Where the file is in the initramfs. Without it `microvm-init` runs what the kernel's command line says.
+pub const SPEC_PATH: &str = "/microvm.json";
+
+/// A container: its root file system, its surroundings and its program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestSpec {
+    /// The ids of the disks with its layers, the lowest first. At least one.
+    pub layers: Vec<String>,
+    /// The id of the disk that takes what is written, an ext4 file system; memory does where there is none.
+    #[serde(default)]
+    pub storage: Option<String>,
+    /// Nothing can be written to its root file system.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The machine's name.
+    pub hostname: String,
+    /// How it reaches the world; not at all where there is none.
+    #[serde(default)]
+    pub network: Option<NetworkSpec>,
+    /// The program.
+    pub process: ProcessSpec,
+}
+
+/// The first network card's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSpec {
+    /// The card's address.
+    pub address: Ipv4Addr,
+    /// Length of the network's prefix, 0 to 32 bits.
+    pub prefix: u8,
+    /// Where everything else is sent.
+    pub gateway: Option<Ipv4Addr>,
+    /// What `resolv.conf` says.
+    #[serde(default)]
+    pub name_servers: Vec<Ipv4Addr>,
+}
+
+/// A program and how it is started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessSpec {
+    /// The program, looked up in the `PATH` of `env`, and its arguments.
+    pub args: Vec<String>,
+    /// Its environment, as `NAME=VALUE`.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Its working folder, which is made where it is not there.
+    #[serde(default = "root")]
+    pub cwd: String,
+    /// `USER[:GROUP]`, each a name or a number; empty: root.
+    #[serde(default)]
+    pub user: String,
+}
+
+impl GuestSpec {
+    /// An initramfs with this description alone, to be put behind another one that has `/init`: Linux unpacks one after
+    /// the other (Documentation/driver-api/early-userspace/buffer-format.rst). Its length is a multiple of four, as the
+    /// other's has to be.
+    #[must_use]
+    pub fn to_initramfs(&self) -> Vec<u8> {
+        let text = serde_json::to_vec(self).unwrap_or_else(|_| unreachable!("its keys are strings"));
+        let mut archive = Vec::new();
+        cpio_entry(&mut archive, SPEC_PATH.trim_start_matches('/'), 0o100_600, &text);
+        cpio_entry(&mut archive, "TRAILER!!!", 0, &[]);
+        archive
+    }
+}
+
+/// Adds a file to an archive of cpio's "newc" format: thirteen numbers of eight hexadecimal digits, name and contents,
+/// each filled up to four bytes.
+fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
+    // Inode, mode, user, group, links, time, length, four device numbers, length of the name with its NUL, no checksum.
+    let numbers = [0, mode, 0, 0, 1, 0, contents.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
+    let head: String = numbers.iter().map(|n| format!("{n:08x}")).collect();
+    archive.extend_from_slice(format!("070701{head}{name}\0").as_bytes());
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend_from_slice(contents);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+fn root() -> String {
+    "/".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_initramfs_is_what_cpio_reads() {
+        let spec: GuestSpec =
+            serde_json::from_str(r#"{"layers": ["a"], "hostname": "h", "process": {"args": ["sh"]}}"#)
+                .unwrap();
+        let archive = spec.to_initramfs();
+        assert_eq!(archive.len() % 4, 0);
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = std::process::Command::new("cpio");
+        command.args(["-i", "--quiet"]).current_dir(dir.path()).stdin(std::process::Stdio::piped());
+        let Ok(mut child) = command.spawn() else { return eprintln!("no cpio here: not tested") };
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), &archive).unwrap();
+        assert!(child.wait().unwrap().success());
+        let text = std::fs::read(dir.path().join("microvm.json")).unwrap();
+        assert_eq!(serde_json::from_slice::<GuestSpec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_short_file_will_do() {
+        let text = r#"{"layers": ["layer0"], "hostname": "h", "process": {"args": ["sh"]}}"#;
+        let spec: GuestSpec = serde_json::from_str(text).unwrap();
+        assert_eq!((spec.process.cwd.as_str(), spec.process.user.as_str(), spec.read_only), ("/", "", false));
+        assert_eq!(serde_json::from_str::<GuestSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+        assert!(serde_json::from_str::<GuestSpec>(&text.replace("hostname", "host")).is_err());
+    }
+}

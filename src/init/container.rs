@@ -1,0 +1,88 @@
+//! A container: its root file system, its surroundings, its program.
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command};
+
+use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH};
+use rustix::process::{Gid, Uid};
+
+use super::rootfs::{self, Overlay};
+use super::users::{self, User};
+use super::{Failed, failed, network};
+
+/// What the host wants run, where it wants a container.
+pub fn spec() -> Result<Option<GuestSpec>, Failed> {
+    match fs::read(SPEC_PATH) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| Failed(format!("{SPEC_PATH}: {e}"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed(SPEC_PATH)(e)),
+    }
+}
+
+/// Makes the container, which is this process's own world from then on.
+pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
+    rootfs::mount_all(spec)?;
+    let name = rustix::system::sethostname(spec.hostname.as_bytes());
+    name.map_err(|e| failed("the host name")(e.into()))?;
+    let files = [
+        Overlay::new(rootfs::HOSTNAME, &format!("{}\n", spec.hostname))?,
+        Overlay::new(rootfs::HOSTS, &hosts(spec))?,
+        Overlay::new(rootfs::RESOLV_CONF, &resolv_conf(spec.network.as_ref()))?,
+    ];
+    rootfs::enter()?;
+    for file in &files {
+        if let Err(e) = file.put() {
+            eprintln!("microvm-init: {}: {e}", file.path());
+        }
+    }
+    if let Err(e) = network::set_up(spec.network.as_ref()) {
+        eprintln!("microvm-init: the network cannot be set up: {e}");
+    }
+    Ok(())
+}
+
+fn hosts(spec: &GuestSpec) -> String {
+    let own = spec.network.as_ref().map_or("127.0.1.1".into(), |network| network.address.to_string());
+    format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{}\n", spec.hostname)
+}
+
+fn resolv_conf(network: Option<&NetworkSpec>) -> String {
+    network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
+}
+
+/// Starts the program, in a session of its own.
+///
+/// # Errors
+/// As [`Command::spawn`]'s, and what stands in the way of its user or folder.
+pub fn start(process: &ProcessSpec) -> io::Result<Child> {
+    let (program, arguments) = process.args.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let user = users::find(&process.user, Path::new("/etc")).map_err(io::Error::other)?;
+    // As Docker: a folder that is not there is made.
+    fs::create_dir_all(&process.cwd)?;
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().env("HOME", &user.home);
+    command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
+    command.current_dir(&process.cwd);
+    // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
+    unsafe { command.pre_exec(move || become_user(&user)) };
+    command.spawn()
+}
+
+fn become_user(user: &User) -> io::Result<()> {
+    rustix::process::setsid()?;
+    // While it still may: groups, group, user. libc's functions would wake threads that a forked child has not.
+    let groups = user.groups.as_slice();
+    // SAFETY: Linux reads as many group ids as it is told there are.
+    check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    let (gid, uid) = (Gid::from_raw(user.gid), Uid::from_raw(user.uid));
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

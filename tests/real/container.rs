@@ -1,0 +1,176 @@
+//! `microvm-init` with a container: its layers, its surroundings, its program.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use microvm::guest::{GuestSpec, ProcessSpec};
+
+use super::common::{Host, stdout};
+use super::{initrd, kernel, status};
+
+/// Debian's kernel has the file systems as modules, the tuned one built in.
+const KERNELS: [(&str, &str); 2] = [("stock-6.1", "bzImage"), ("tuned", "vmlinux")];
+
+/// Two layers: a system with users, and one over it that changes and hides some of it.
+struct Image {
+    host: Host,
+    layers: Vec<PathBuf>,
+}
+
+impl Image {
+    fn new() -> Self {
+        let host = Host::new();
+        let lower = host.dir.path().join("lower");
+        let upper = host.dir.path().join("upper");
+        for folder in ["bin", "etc", "opt", "srv"] {
+            fs::create_dir_all(lower.join(folder)).unwrap();
+        }
+        // The guest's own root has it at this path.
+        fs::copy(busybox(), lower.join("bin/busybox")).unwrap();
+        symlink("busybox", lower.join("bin/sh")).unwrap();
+        fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:\n").unwrap();
+        fs::write(lower.join("etc/group"), "web:x:34:\nlog:x:4:web\n").unwrap();
+        fs::write(lower.join("opt/both"), "lower\n").unwrap();
+        fs::write(lower.join("opt/hidden"), "lower\n").unwrap();
+        chown(lower.join("srv"), Some(33), Some(34)).unwrap();
+        fs::create_dir_all(upper.join("opt")).unwrap();
+        fs::create_dir_all(upper.join("etc")).unwrap();
+        fs::write(upper.join("opt/both"), "upper\n").unwrap();
+        run(Command::new("mknod").arg(upper.join("opt/hidden")).args(["c", "0", "0"]));
+        // A link out of the container, which must not be followed before its root is the root.
+        symlink("/../../escaped", upper.join("etc/resolv.conf")).unwrap();
+        fs::set_permissions(&upper, fs::Permissions::from_mode(0o711)).unwrap();
+        let layers = [lower, upper].iter().map(|folder| erofs(folder)).collect();
+        Self { host, layers }
+    }
+
+    /// Runs `script` in a shell of the container.
+    fn run(&self, (name, file): (&str, &str), change: impl FnOnce(&mut GuestSpec)) -> Output {
+        let ids: Vec<_> = (0..self.layers.len()).map(|n| format!("layer{n}")).collect();
+        let process = ProcessSpec {
+            args: Vec::new(),
+            env: vec!["PATH=/bin".into(), "GREETING=hello world".into()],
+            cwd: "/".into(),
+            user: String::new(),
+        };
+        let mut spec = GuestSpec {
+            layers: ids.clone(),
+            storage: None,
+            read_only: false,
+            hostname: "box".into(),
+            network: None,
+            process,
+        };
+        change(&mut spec);
+        let mut archive = fs::read(initrd(name)).unwrap();
+        archive.extend(spec.to_initramfs());
+        let archive = self.host.file("initrd", &archive);
+        let mut command = self.host.microvm(["boot", "--timeout", "120s", "--exit-code-port", "0xf4"]);
+        command.arg("--kernel").arg(kernel(name).join(file)).arg("--initrd").arg(archive);
+        for (id, layer) in ids.iter().zip(&self.layers) {
+            command.arg("--disk").arg(format!("{},readonly,id={id}", layer.display()));
+        }
+        command.args(["--append", "microvm.exit_code_port=0xf4"]).output().unwrap()
+    }
+
+    fn sh(&self, kernel: (&str, &str), user: &str, script: &str) -> Output {
+        self.run(kernel, |spec| {
+            spec.process.args = ["sh", "-c", script].map(String::from).to_vec();
+            spec.process.user = user.into();
+        })
+    }
+}
+
+fn busybox() -> PathBuf {
+    let cache = kernel("any").parent().unwrap().parent().unwrap().join("busybox-static");
+    let output =
+        Command::new("find").arg(cache).args(["-path", "*/bin/busybox", "-type", "f"]).output().unwrap();
+    PathBuf::from(stdout(&output).lines().next().expect("guest-kernels/initramfs has unpacked it"))
+}
+
+fn erofs(folder: &Path) -> PathBuf {
+    let image = folder.with_extension("erofs");
+    run(Command::new("mkfs.erofs").arg(&image).arg(folder));
+    image
+}
+
+#[track_caller]
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+const LOOK: &str = r#"
+busybox id -u; busybox id -g; busybox id -G
+busybox pwd; echo "$HOME $GREETING"
+busybox hostname
+busybox cat /opt/both
+[ -e /opt/hidden ] || echo hidden
+busybox stat -c %a /
+echo mine >/srv/file && busybox cat /srv/file
+(echo no >/etc/passwd) 2>/dev/null || echo refused
+busybox grep -c box /etc/hosts
+[ -e /escaped ] || echo kept
+[ -c /dev/null ] && [ -d /proc/1 ] && [ -w /dev/shm ] && echo there
+exit 9"#;
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn container_has_its_layers_users_and_surroundings() {
+    let image = Image::new();
+    for kernel in KERNELS {
+        let output = image.sh(kernel, "web", LOOK);
+        status(&output, 9);
+        let text = stdout(&output);
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        let at = lines.iter().position(|line| *line == "33").unwrap_or_else(|| panic!("{text}"));
+        let expected = [
+            "33",
+            "34",
+            "34 4",
+            "/",
+            "/srv hello world",
+            "box",
+            "upper",
+            "hidden",
+            "711",
+            "mine",
+            "refused",
+            "1",
+            "kept",
+            "there",
+        ];
+        assert_eq!(lines[at..], expected, "{kernel:?}: {text}");
+    }
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn container_programs_end_as_dockers_do() {
+    let image = Image::new();
+    let tuned = KERNELS[1];
+    for (args, user, expected, words) in [
+        (&["nothing"][..], "", 127, "nothing"),
+        (&["/etc/passwd"], "", 126, "/etc/passwd"),
+        (&["sh", "-c", "exit 3"], "nobody", 127, "\"nobody\""),
+        (&["sh", "-c", "kill -9 $$"], "", 127, ""),
+        (&["sh", "-c", "busybox touch /x && exit 5"], "", 5, ""),
+    ] {
+        let output = image.run(tuned, |spec| {
+            spec.process.args = args.iter().map(ToString::to_string).collect();
+            spec.process.user = user.into();
+        });
+        status(&output, expected);
+        assert!(stdout(&output).contains(words), "{args:?}: {}", stdout(&output));
+    }
+    let output = image.run(tuned, |spec| {
+        spec.process.args = ["sh", "-c", "busybox touch /x || exit 5"].map(String::from).to_vec();
+        spec.read_only = true;
+    });
+    status(&output, 5);
+    let output = image.run(tuned, |spec| spec.layers.push("missing".into()));
+    status(&output, 125);
+    assert!(stdout(&output).contains("no disk missing"), "{}", stdout(&output));
+}
