@@ -4,6 +4,7 @@ mod boot;
 mod completions;
 mod ctl;
 mod doctor;
+mod image;
 mod man;
 mod ps;
 
@@ -15,6 +16,7 @@ use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use crate::control::{ClientError, ControlError, PlaceError};
+use crate::image::ImageError;
 use crate::logger;
 use crate::metrics::Clock;
 use crate::vmm::{BuildError, RunError};
@@ -36,6 +38,7 @@ const EXAMPLES: &str = "Examples:
   microvm ps
   microvm ctl NAME pause
   microvm doctor
+  microvm image import alpine.tar
 
 `microvm COMMAND --help` tells more of each.";
 
@@ -49,6 +52,8 @@ enum Command {
     Ctl(ctl::CtlArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
+    /// Import, list and remove container images
+    Image(image::ImageArgs),
     /// Print a shell's completions
     Completions(completions::CompletionsArgs),
     /// Write the man pages into a folder
@@ -103,6 +108,9 @@ pub enum CliError {
     /// A VM that cannot be asked, or that refused.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// An image, or the store of images.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -132,6 +140,7 @@ impl CliError {
             | Self::Place(_)
             | Self::Control(_)
             | Self::Client(_)
+            | Self::Image(_)
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -170,6 +179,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
         Command::Ps(args) => ps::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     }
