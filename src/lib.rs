@@ -12,7 +12,7 @@
 pub mod cli;
 
 pub mod doctor;
-
+pub mod image;
 pub mod kernels;
 
 pub mod control;
