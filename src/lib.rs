@@ -11,6 +11,8 @@
 
 pub mod cli;
 
+pub mod container;
+
 pub mod doctor;
 pub mod image;
 pub mod kernels;

@@ -8,6 +8,7 @@ mod image;
 mod kernel;
 mod man;
 mod ps;
+mod run;
 mod table;
 
 use std::io::{self, Write};
@@ -17,6 +18,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
 
+use crate::container::ContainerError;
 use crate::control::{ClientError, ControlError, PlaceError};
 use crate::image::ImageError;
 use crate::kernels::KernelError;
@@ -38,6 +40,7 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio
   microvm boot --kernel bzImage --cpus 2 --memory 1G --timeline
+  microvm run -it alpine sh
   microvm ps
   microvm ctl NAME pause
   microvm doctor
@@ -49,6 +52,8 @@ const EXAMPLES: &str = "Examples:
 enum Command {
     /// Boot a Linux kernel in a new virtual machine
     Boot(Box<boot::BootArgs>),
+    /// Run a container image in a virtual machine of its own
+    Run(Box<run::RunArgs>),
     /// List this user's virtual machines
     Ps(ps::PsArgs),
     /// Control a running virtual machine: state, pause, resume, stop, metrics, devices
@@ -119,6 +124,9 @@ pub enum CliError {
     /// An image, or the store of images.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A container.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -150,6 +158,7 @@ impl CliError {
             | Self::Client(_)
             | Self::Kernel(_)
             | Self::Image(_)
+            | Self::Container(_)
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -185,6 +194,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
     logger::start(cli.verbose);
     match cli.command {
         Command::Boot(args) => boot::run(*args, clock),
+        Command::Run(args) => run::run(*args, clock),
         Command::Ps(args) => ps::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Kernel(args) => kernel::run(&args),

@@ -54,6 +54,7 @@ impl Image {
             env: vec!["PATH=/bin".into(), "GREETING=hello world".into()],
             cwd: "/".into(),
             user: String::new(),
+            terminal: false,
         };
         let mut spec = GuestSpec {
             layers: ids.clone(),
@@ -65,7 +66,7 @@ impl Image {
         };
         change(&mut spec);
         let mut archive = fs::read(initrd(name)).unwrap();
-        archive.extend(spec.to_initramfs());
+        archive.extend(spec.to_initramfs(None));
         let archive = self.host.file("initrd", &archive);
         let mut command = self.host.microvm(["boot", "--timeout", "120s", "--exit-code-port", "0xf4"]);
         command.arg("--kernel").arg(kernel(name).join(file)).arg("--initrd").arg(archive);
