@@ -229,8 +229,13 @@ pub(super) fn parse_timeout(text: &str) -> Result<Duration, String> {
 pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     let format = args.timeline;
     let print = args.print_config;
-    let launch =
-        Launch { timeline: format, kvm_device: args.kvm_device.clone(), metrics: args.metrics.clone() };
+    let launch = Launch {
+        timeline: format,
+        kvm_device: args.kvm_device.clone(),
+        metrics: args.metrics.clone(),
+        until_built: None,
+        until_end: None,
+    };
     let config = into_config(args)?;
     if print {
         config.validate().map_err(vmm::BuildError::from)?;
@@ -249,12 +254,16 @@ pub(super) struct Launch {
     pub timeline: Option<Format>,
     pub kvm_device: PathBuf,
     pub metrics: Option<PathBuf>,
+    /// A file that the configuration names by its descriptor.
+    pub until_built: Option<File>,
+    /// A file that is to stay open as long as the VM runs, and what it is.
+    pub until_end: Option<(&'static str, File)>,
 }
 
 impl Launch {
     /// Builds the VM and runs it to its end.
     pub(super) fn run(self, config: &VmConfig, clock: Clock) -> Result<u8, CliError> {
-        let Self { timeline: format, kvm_device, metrics: metrics_path } = self;
+        let Self { timeline: format, kvm_device, metrics: metrics_path, until_built, until_end } = self;
         let timeline = Arc::new(Timeline::new(clock, format.is_some()));
         timeline.mark(Phase::Start);
         config.validate().map_err(vmm::BuildError::from)?;
@@ -262,6 +271,10 @@ impl Launch {
         let mut metrics_file = metrics_path.as_deref().map(|p| create_metrics(p, config)).transpose()?;
         let metrics = Arc::new(Registry::new(metrics_file.is_some()));
         let mut vmm = vmm::build(config, &kvm_device, timeline.clone(), metrics)?;
+        drop(until_built);
+        if let Some((what, file)) = &until_end {
+            vmm.keep(what, file);
+        }
         if let Some(control) = prepare_control(place, config, &vmm)? {
             vmm.add_service(Box::new(control));
         }

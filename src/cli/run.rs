@@ -131,8 +131,15 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     config.memory = args.memory.unwrap_or_else(|| config.memory.clone());
     config.timeout = args.timeout;
     config.allow_software_kvm = args.allow_software_kvm;
-    let launch = Launch { timeline: args.timeline, kvm_device: PathBuf::from("/dev/kvm"), metrics: None };
-    launch.run(&machine.config, clock)
+    let Machine { config, lease, initramfs } = machine;
+    let launch = Launch {
+        timeline: args.timeline,
+        kvm_device: PathBuf::from("/dev/kvm"),
+        metrics: None,
+        until_built: Some(initramfs),
+        until_end: Some(("the image that is in use", lease.file)),
+    };
+    launch.run(&config, clock)
 }
 
 /// As Docker: a name alone stands for this environment's value, if it has one.

@@ -33,14 +33,14 @@ pub struct Wanted {
     pub kernel: Option<String>,
 }
 
-/// A container's VM: its configuration, and what must live as long as it does.
+/// A container's VM: its configuration, and the files that go with it.
 pub struct Machine {
     /// What is built.
     pub config: VmConfig,
-    /// The image cannot be removed meanwhile.
-    _lease: Lease,
-    /// Named by its descriptor in `config`.
-    _initramfs: File,
+    /// The image cannot be removed as long as this lives, which must stay open when the VM confines itself.
+    pub lease: Lease,
+    /// What `config` names by its descriptor: needed until the VM is built.
+    pub initramfs: File,
 }
 
 impl Machine {
@@ -74,7 +74,7 @@ impl Machine {
         config.console = Some(HostEnd::Stdio);
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
         config.disks = layers.into_iter().zip(ids).map(disk).collect();
-        Ok(Self { config, _lease: lease, _initramfs: initramfs })
+        Ok(Self { config, lease, initramfs })
     }
 }
 
