@@ -1,4 +1,4 @@
-//! The guest's half of `cargo bench --bench devices`. On each line of standard input it sets a job up, says `@ready`,
+//! The guest's half of `cargo bench --bench devices`, which also runs on the host itself: for the floor. On each line of standard input it sets a job up, says `@ready`,
 //! does it at the next line, and says `@done`. Data is checked: a job that reads what it should not ends the program.
 
 use std::fs::File;
@@ -6,6 +6,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use io_uring::{IoUring, opcode, types};
@@ -19,15 +20,15 @@ fn main() -> Result<()> {
     while let Some(line) = lines.next().transpose()? {
         let words: Vec<_> = line.split_whitespace().collect();
         let job: Box<dyn FnOnce() -> Result<()>> = match words[..] {
-            ["blk", access, order, size, depth, count] => {
-                let disk = Disk::open(access == "write", order == "random", size.parse()?)?;
+            ["blk", name, access, order, size, depth, count] => {
+                let disk = Disk::open(name, access == "write", order == "random", size.parse()?)?;
                 let (depth, count) = (depth.parse()?, count.parse()?);
                 Box::new(move || disk.run(depth, count))
             }
-            ["net", address] => {
+            ["net", interface, address] => {
                 let ip = |words: &str| Command::new("ip").args(words.split(' ')).status();
-                ip(&format!("addr add {address} dev eth0"))?;
-                ip("link set eth0 up")?;
+                ip(&format!("addr add {address} dev {interface}"))?;
+                ip(&format!("link set {interface} up"))?;
                 Box::new(|| Ok(()))
             }
             ["tcp-send", to, mib] => {
@@ -40,6 +41,10 @@ fn main() -> Result<()> {
             }
             ["vsock-echo", port, count] => {
                 let (stream, count) = (connect_vsock(port.parse()?)?, count.parse()?);
+                Box::new(move || echo(stream, count))
+            }
+            ["unix-echo", path, count] => {
+                let (stream, count) = (UnixStream::connect(path)?, count.parse()?);
                 Box::new(move || echo(stream, count))
             }
             _ => break,
@@ -98,9 +103,10 @@ impl Buffer {
 }
 
 impl Disk {
-    fn open(write: bool, random: bool, size: usize) -> Result<Self> {
-        let file = File::options().read(true).write(write).custom_flags(libc::O_DIRECT).open("/dev/vda")?;
-        let sectors: u64 = std::fs::read_to_string("/sys/block/vda/size")?.trim().parse()?;
+    fn open(name: &str, write: bool, random: bool, size: usize) -> Result<Self> {
+        let path = format!("/dev/{name}");
+        let file = File::options().read(true).write(write).custom_flags(libc::O_DIRECT).open(path)?;
+        let sectors: u64 = std::fs::read_to_string(format!("/sys/block/{name}/size"))?.trim().parse()?;
         Ok(Self { file, write, random, size, len: sectors * 512 / size as u64 })
     }
 

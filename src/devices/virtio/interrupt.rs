@@ -5,10 +5,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::vm::IrqLine;
+
 /// `InterruptStatus` bit: a used buffer.
 const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit: a configuration change.
 const CONFIG_CHANGE: u32 = 2;
+/// How far above a bit of `InterruptStatus` stands that the driver has not read it since the line was last signalled.
+const UNREAD: u32 = 16;
+const STATUS: u32 = (1 << UNREAD) - 1;
 
 /// Lines in the log that a device's drivers get for what they do wrong. Each reset lets a driver go wrong anew, so that
 /// one line each would be as many as the guest likes.
@@ -17,6 +22,8 @@ const COMPLAINTS: u32 = 8;
 /// A device's interrupt. Shared by the device's threads and its transport.
 pub struct Interrupt {
     line: EventFd,
+    /// For the workers: other threads are confined to signalling `line`.
+    direct: Option<IrqLine>,
     status: AtomicU32,
     generation: Mutex<u32>,
     needs_reset: AtomicBool,
@@ -32,6 +39,7 @@ impl Interrupt {
     pub fn new(line: EventFd) -> Self {
         Self {
             line,
+            direct: None,
             status: AtomicU32::new(0),
             generation: Mutex::new(0),
             needs_reset: AtomicBool::new(false),
@@ -40,9 +48,17 @@ impl Interrupt {
         }
     }
 
-    /// The device has used buffers, and the driver wants to know.
+    /// Lets the device's workers raise it themselves, by `line`.
+    #[must_use]
+    pub fn with_direct(self, line: IrqLine) -> Self {
+        Self { direct: Some(line), ..self }
+    }
+
+    /// The device has used buffers, and the driver wants to know. For a device's worker, which may drive the line.
     pub fn used_buffer(&self) {
-        self.raise(USED_BUFFER);
+        if self.is_news(USED_BUFFER) && !self.direct.as_ref().is_some_and(IrqLine::pulse) {
+            self.signal();
+        }
     }
 
     /// Lets the kernel raise the interrupt for used buffers, without a thread of ours between. It notes no reason, so until
@@ -93,13 +109,16 @@ impl Interrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
+    /// What the driver reads. From now on, news is signalled again: a driver that acknowledges only when it has looked at
+    /// its queues, as the text of `InterruptACK` has it (§4.2.2), would miss what comes in between.
     pub(super) fn status(&self) -> u32 {
         let shared = if self.is_shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
-        self.status.load(Ordering::SeqCst) | shared
+        self.status.fetch_and(STATUS, Ordering::SeqCst) & STATUS | shared
     }
 
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        let bits = bits & STATUS;
+        self.status.fetch_and(!(bits | bits << UNREAD), Ordering::SeqCst);
     }
 
     /// The configuration's generation. The register has 32 bits, of which the transport may show fewer.
@@ -119,8 +138,20 @@ impl Interrupt {
     }
 
     fn raise(&self, bit: u32) {
-        // The status before the line: the guest's handler reads it at once.
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        if self.is_news(bit) {
+            self.signal();
+        }
+    }
+
+    /// Sets a bit of the status. Whether the line must be signalled for it.
+    fn is_news(&self, bit: u32) -> bool {
+        // The status before the line: the guest's handler reads it at once. Until it has, it looks at the queues afterwards
+        // and finds what was published before this: another signal would tell it nothing new.
+        let unread = bit << UNREAD;
+        self.status.fetch_or(bit | unread, Ordering::SeqCst) & unread == 0
+    }
+
+    fn signal(&self) {
         // Full only after 2⁶⁴ - 2 interrupts that KVM did not take.
         let _ = self.line.write(1);
     }
@@ -142,5 +173,34 @@ mod tests {
         assert_eq!(interrupt.status(), USED_BUFFER, "the next one may be there already");
         interrupt.reset();
         assert_eq!(interrupt.status(), 0);
+    }
+
+    #[test]
+    fn the_line_is_signalled_once_until_the_driver_looks() {
+        let line = new_event().unwrap();
+        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let signals = || line.read().unwrap_or(0);
+        interrupt.used_buffer();
+        interrupt.used_buffer();
+        assert_eq!(signals(), 1);
+        interrupt.config_changed();
+        assert_eq!(signals(), 1, "other news");
+        assert_eq!(interrupt.status(), USED_BUFFER | CONFIG_CHANGE);
+        // Between its look at the status and its acknowledgement.
+        interrupt.used_buffer();
+        assert_eq!(signals(), 1);
+        interrupt.acknowledge(USED_BUFFER);
+        assert_eq!(interrupt.status(), CONFIG_CHANGE);
+        interrupt.used_buffer();
+        interrupt.used_buffer();
+        assert_eq!(signals(), 1);
+        // Without having looked.
+        interrupt.acknowledge(u32::MAX);
+        interrupt.used_buffer();
+        assert_eq!(signals(), 1);
+        interrupt.reset();
+        assert_eq!(interrupt.status(), 0);
+        interrupt.used_buffer();
+        assert_eq!(signals(), 1);
     }
 }
