@@ -12,6 +12,7 @@
 pub mod cli;
 
 pub mod doctor;
+pub mod image;
 
 pub mod kernels;
 

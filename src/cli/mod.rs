@@ -4,6 +4,7 @@ mod boot;
 mod completions;
 mod ctl;
 mod doctor;
+mod image;
 mod kernel;
 mod man;
 mod ps;
@@ -17,6 +18,7 @@ use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use crate::control::{ClientError, ControlError, PlaceError};
+use crate::image::ImageError;
 use crate::kernels::KernelError;
 use crate::logger;
 use crate::metrics::Clock;
@@ -39,6 +41,7 @@ const EXAMPLES: &str = "Examples:
   microvm ps
   microvm ctl NAME pause
   microvm doctor
+  microvm image import alpine.tar
 
 `microvm COMMAND --help` tells more of each.";
 
@@ -54,6 +57,8 @@ enum Command {
     Kernel(kernel::KernelArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
+    /// Import, list and remove container images
+    Image(image::ImageArgs),
     /// Print a shell's completions
     Completions(completions::CompletionsArgs),
     /// Write the man pages into a folder
@@ -111,6 +116,9 @@ pub enum CliError {
     /// A guest kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// An image, or the store of images.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -141,6 +149,7 @@ impl CliError {
             | Self::Control(_)
             | Self::Client(_)
             | Self::Kernel(_)
+            | Self::Image(_)
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -180,6 +189,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
         Command::Ctl(args) => ctl::run(&args),
         Command::Kernel(args) => kernel::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     }
