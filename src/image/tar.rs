@@ -253,6 +253,7 @@ impl Extensions {
 
     fn apply(&mut self, header: &Header, kind: u8, size: u64) -> Result<Entry, TarError> {
         let broken = |_| TarError::Format("a number in a header");
+        let old = header.as_old();
         let path = self.path.take().unwrap_or_else(|| header.path_bytes().into_owned());
         let link = || header.link_name_bytes().map(|l| l.into_owned()).unwrap_or_default();
         let kind = match kind {
@@ -265,7 +266,7 @@ impl Extensions {
         let size = self.size.unwrap_or(size);
         let (mtime, mtime_nsec) = match self.mtime {
             Some(time) => time,
-            None => (header.mtime().map_err(broken)? as i64, 0),
+            None => (or_zero(&old.mtime, || header.mtime()).map_err(broken)? as i64, 0),
         };
         let is_device = matches!(kind, b'3' | b'4');
         let number = |field: io::Result<Option<u32>>| field.map(Option::unwrap_or_default).map_err(broken);
@@ -275,9 +276,9 @@ impl Extensions {
             kind,
             // Some archives give the size of what is linked; no data follows.
             size: if matches!(kind, b'1'..=b'6') { 0 } else { size },
-            mode: header.mode().map_err(broken)?,
-            uid: self.uid.map_or_else(|| header.uid(), Ok).map_err(broken)?,
-            gid: self.gid.map_or_else(|| header.gid(), Ok).map_err(broken)?,
+            mode: or_zero(&old.mode, || header.mode()).map_err(broken)?,
+            uid: self.uid.map_or_else(|| or_zero(&old.uid, || header.uid()), Ok).map_err(broken)?,
+            gid: self.gid.map_or_else(|| or_zero(&old.gid, || header.gid()), Ok).map_err(broken)?,
             mtime,
             mtime_nsec,
             major: if is_device { number(header.device_major())? } else { 0 },
@@ -285,6 +286,11 @@ impl Extensions {
             xattrs: std::mem::take(&mut self.xattrs),
         })
     }
+}
+
+/// Some writers leave fields empty.
+fn or_zero<T: Default>(field: &[u8], read: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if field.iter().all(|b| matches!(b, 0 | b' ')) { Ok(T::default()) } else { read() }
 }
 
 fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
