@@ -7,7 +7,7 @@ use std::io::{self, Read, Seek, Write};
 
 use thiserror::Error;
 
-use super::erofs::{Kind, Meta, Node, NodeId, Tree, Writer, XATTR_PREFIXES};
+use super::erofs::{Kind, Meta, Node, NodeId, Tree, Writer, XATTR_PREFIXES, Xattrs};
 use super::tar::{Entry, TarError, TarReader};
 
 /// The longest name of a file and the longest path or target of a link, in bytes, as Linux has them.
@@ -339,16 +339,14 @@ fn meta(entry: &Entry, path: &Path) -> Result<Meta, LayerError> {
     })
 }
 
-fn xattrs(entry: &Entry, path: &Path) -> Result<BTreeMap<Box<[u8]>, Box<[u8]>>, LayerError> {
+fn xattrs(entry: &Entry, path: &Path) -> Result<Xattrs, LayerError> {
     let known = |name: &[u8]| XATTR_PREFIXES.iter().any(|(prefix, _)| name.starts_with(prefix));
     // overlayfs believes these: a layer could name files of other layers with them.
     let overlay = |name: &[u8]| name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
     let kept = entry.xattrs.iter().filter(|(name, _)| known(name) && !overlay(name));
-    let kept: BTreeMap<Box<[u8]>, Box<[u8]>> =
-        kept.map(|(name, value)| (name.as_slice().into(), value.as_slice().into())).collect();
-    let size = |(name, value): (&Box<[u8]>, &Box<[u8]>)| name.len() + value.len() + 8;
+    let kept: Xattrs = kept.map(|(name, value)| (name.as_slice().into(), value.as_slice().into())).collect();
     let too_long = kept.keys().any(|name| name.len() > MAX_NAME || name.contains(&0));
-    if too_long || kept.iter().map(size).sum::<usize>() > MAX_XATTRS {
+    if too_long || kept.iter().map(|(name, value)| name.len() + value.len() + 8).sum::<usize>() > MAX_XATTRS {
         return Err(path.refused("its extended attributes are larger than Linux allows"));
     }
     Ok(kept)

@@ -57,11 +57,11 @@ pub(super) fn split_name(name: &[u8]) -> Option<(u8, &[u8])> {
 }
 
 /// What a folder names, with `.` and `..`, sorted.
-pub(super) fn names<'a>(
-    entries: &'a BTreeMap<Box<[u8]>, NodeId>,
+pub(super) fn names(
+    entries: &BTreeMap<Box<[u8]>, NodeId>,
     own: NodeId,
     parent: NodeId,
-) -> Vec<(&'a [u8], NodeId)> {
+) -> Vec<(&[u8], NodeId)> {
     let mut all: Vec<(&[u8], NodeId)> = entries.iter().map(|(name, id)| (&**name, *id)).collect();
     all.extend([(&b"."[..], own), (&b".."[..], parent)]);
     all.sort_unstable();

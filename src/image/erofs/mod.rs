@@ -11,7 +11,7 @@ mod tree;
 mod write;
 
 pub use read::Reader;
-pub use tree::{Kind, Meta, Node, NodeId, Tree, XATTR_PREFIXES};
+pub use tree::{Kind, Meta, Node, NodeId, Tree, XATTR_PREFIXES, Xattrs};
 pub use write::Writer;
 
 /// Bytes of a block.

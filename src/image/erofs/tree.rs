@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 /// A node's place in its [`Tree`].
 pub type NodeId = usize;
 
+/// Extended attributes by whole name, each with one of [`XATTR_PREFIXES`] in front.
+pub type Xattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
 /// What all kinds of files have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
@@ -18,8 +21,8 @@ pub struct Meta {
     pub mtime: i64,
     /// Nanoseconds, below 10⁹.
     pub mtime_nsec: u32,
-    /// Extended attributes by whole name, each with one of [`XATTR_PREFIXES`] in front.
-    pub xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
 }
 
 /// Names of extended attributes start with one of these; the number is the format's.
