@@ -62,7 +62,8 @@ impl<'a> Layers<'a> {
         diff_id: Option<Digest>,
         open: impl FnOnce() -> Result<Part, ImageError>,
     ) -> Result<(), ImageError> {
-        if let (Some(diff_id), Some(blob)) = (diff_id, given.blob)
+        // An older docker-archive tells the digest of the plain archive alone, and has it plain.
+        if let (Some(diff_id), Some(blob)) = (diff_id, given.blob.or(diff_id))
             && let Some(there) = self.there(diff_id, blob)
         {
             self.done.push((there, Packing::Plain));
