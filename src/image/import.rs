@@ -191,12 +191,12 @@ impl Import<'_> {
         if machine != format!("linux/{}", architecture()) {
             return Err(ImageError::Platform(machine));
         }
-        if given.len() != parsed.rootfs.diff_ids.len() {
-            let reason = "its configuration and its manifest name different numbers of layers".into();
-            return Err(ImageError::NoImage { path: self.source.path().into(), reason });
-        }
         if given.len() > MAX_LAYERS {
             let reason = format!("it has more than {MAX_LAYERS} layers, which overlayfs cannot stack");
+            return Err(ImageError::NoImage { path: self.source.path().into(), reason });
+        }
+        if given.len() != parsed.rootfs.diff_ids.len() {
+            let reason = "its configuration and its manifest name different numbers of layers".into();
             return Err(ImageError::NoImage { path: self.source.path().into(), reason });
         }
         let mut layers = Layers::new(self.store, self.options);
