@@ -625,7 +625,7 @@ fn lists_of_lists_have_an_end() {
     oci.index(&[oci.manifest(&oci.config("amd64", &[]), &vec![oci.blob(b""); 501])]);
     images.refused(&["oci"], &["more than 500 layers"]);
     images.host.file("oci/index.json", b"{}");
-    images.refused(&["oci"], &["index.json", "manifests"]);
+    images.refused(&["oci"], &["index.json", "missing field"]);
     images.host.file("oci/index.json", &vec![b' '; 5 << 20]);
     images.refused(&["oci"], &["index.json", "more than"]);
 }

@@ -73,8 +73,9 @@ impl<'a> Layers<'a> {
         if given.size.is_some_and(|size| size != part.size) {
             return Err(refused(given, TarError::Truncated));
         }
-        let what = given.blob.or(diff_id).map_or_else(|| given.path.clone(), |digest| digest.short());
-        self.options.progress.start(&what, part.size);
+        let what = given.blob.or(diff_id).map(|digest| digest.short());
+        let what = what.as_deref().or(given.path.rsplit('/').next()).unwrap_or_default();
+        self.options.progress.start(what, part.size);
         let stored = self.store.temporary()?;
         let image = self.store.temporary()?;
         let pass = self.read(part, &stored, &image).map_err(|source| layer_error(given, source))?;
