@@ -547,28 +547,85 @@ fn layers_are_sound_file_systems() {
     }
 }
 
-/// Needs root, and a kernel with EROFS and overlayfs.
-#[test]
-fn stacked_layers_are_what_umoci_unpacks() {
+/// Mounts an image's layers as `stacked` and runs a script beside it. False: it needs root, and a kernel with EROFS and
+/// overlayfs.
+fn with_stacked(images: &Images, name: &str, script: &str) -> bool {
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let is_root = rustix::process::geteuid().is_root();
     if !is_root || !["erofs", "overlay"].iter().all(|name| known.contains(name)) {
         eprintln!("left out: it needs root, and a kernel with erofs and overlay");
-        return;
+        return false;
     }
+    let image = images.json(&["inspect", name]);
+    let layers = image[0]["layers"].as_array().unwrap();
+    let mut mounts = String::from("mkdir stacked\n");
+    for (i, layer) in layers.iter().enumerate() {
+        mounts += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
+    }
+    let stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
+    mounts += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));
+    fs::write(images.path("script.sh"), mounts + script).unwrap();
+    tool(images, "unshare -m sh -eu script.sh");
+    true
+}
+
+#[test]
+fn stacked_layers_are_what_umoci_unpacks() {
     let images = Images::new();
     by_umoci(&images);
     images.done(&["import", "oci", "--name", "app"]);
-    let image = images.json(&["inspect", "app"]);
-    let layers = image[0]["layers"].as_array().unwrap();
-    let mut script = String::from("umoci unpack --image oci:app want >/dev/null; mkdir stacked\n");
-    for (i, layer) in layers.iter().enumerate() {
-        script += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
-    }
-    let stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
-    script += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));
     let compare = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/compare_trees.py");
-    script += &format!("python3 {compare} stacked want/rootfs 500\n");
-    fs::write(images.path("compare.sh"), script).unwrap();
-    tool(&images, "unshare -m sh -eu compare.sh");
+    let unpack = "umoci unpack --image oci:app want >/dev/null";
+    with_stacked(&images, "app", &format!("{unpack}; python3 {compare} stacked want/rootfs 500"));
+}
+
+/// A pax record of one extended attribute.
+fn xattr(tar: Tar, name: &str, value: &str) -> Tar {
+    let record = format!(" SCHILY.xattr.{name}={value}\n");
+    tar.entry(EntryType::XHeader, "x", "", format!("{}{record}", record.len() + 2).as_bytes())
+}
+
+#[test]
+fn whiteouts_hide_what_is_below_and_nothing_else() {
+    let images = Images::new();
+    let below =
+        Tar::default().dir("a").dir("a/b").file("a/b/old", b"").dir("c").file("c/old", b"").file("d", b"");
+    let below = below.dir("e").file("e/old", b"").dir("f").file("f/old", b"").dir("g").file("g/old", b"");
+    // Opaque before and behind what is in it; a whiteout before and behind what takes its name.
+    let top = Tar::default().file("a/b/.wh..wh..opq", b"").file("a/b/new", b"").dir("c").file("c/new", b"");
+    let top =
+        top.file("c/.wh..wh..opq", b"").file(".wh.d", b"").file("d", b"new").file(".wh.e", b"").dir("e");
+    let top = top.dir("f").file(".wh.f", b"").file("f/new", b"").file(".wh..wh.plnk", b"");
+    // What the archive says of overlayfs is not believed, nor is an attribute that Linux does not have.
+    let top = xattr(top, "trusted.overlay.opaque", "y").dir("g");
+    let top = xattr(top, "strange.name", "y").file("g/new", b"");
+    let oci = Oci::new(images.path("oci"));
+    oci.index(&[oci.image("amd64", &[&below.end(), &top.end()])]);
+    images.done(&["import", "oci", "--name", "app"]);
+    let want = "./a ./a/b ./a/b/new ./c ./c/new ./d ./e ./f ./f/new ./g ./g/new ./g/old";
+    let check = format!(
+        "cd stacked; found=$(find . -mindepth 1 | sort | xargs); [ \"$found\" = '{want}' ] || {{ echo $found; exit 1; }}\n\
+         [ $(cat d) = new ]; owner=$(stat -c %u:%g:%a:%Y a); [ $owner = 5:6:750:7 ] || {{ echo $owner; exit 1; }}"
+    );
+    with_stacked(&images, "app", &check);
+}
+
+#[test]
+fn lists_of_lists_have_an_end() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let mut entry = json!({ "digest": Digest::of(b""), "size": 0, "platform": { "os": "linux", "architecture": "arm64" } });
+    for _ in 0..4 {
+        let list = json!({ "schemaVersion": 2, "manifests": vec![entry; 500] });
+        entry = oci.blob(list.to_string().as_bytes());
+        entry["mediaType"] = json!("application/vnd.oci.image.index.v1+json");
+    }
+    oci.index(&[entry]);
+    images.refused(&["oci"], &["none for linux/amd64"]);
+    oci.index(&[oci.manifest(&oci.config("amd64", &[]), &vec![oci.blob(b""); 501])]);
+    images.refused(&["oci"], &["more than 500 layers"]);
+    images.host.file("oci/index.json", b"{}");
+    images.refused(&["oci"], &["index.json", "missing field"]);
+    images.host.file("oci/index.json", &vec![b' '; 5 << 20]);
+    images.refused(&["oci"], &["index.json", "more than"]);
 }

@@ -20,6 +20,9 @@ use super::store::Store;
 use super::tar::TarReader;
 use layers::{Given, Layers};
 
+/// The most layers of an image: overlayfs stacks 500.
+const MAX_LAYERS: usize = 500;
+
 /// Told how far an import is.
 pub trait Progress: Sync {
     /// A part of so many bytes starts.
@@ -187,6 +190,10 @@ impl Import<'_> {
         let machine = format!("{}/{}", parsed.os, parsed.architecture);
         if machine != format!("linux/{}", architecture()) {
             return Err(ImageError::Platform(machine));
+        }
+        if given.len() > MAX_LAYERS {
+            let reason = format!("it has more than {MAX_LAYERS} layers, which overlayfs cannot stack");
+            return Err(ImageError::NoImage { path: self.source.path().into(), reason });
         }
         if given.len() != parsed.rootfs.diff_ids.len() {
             let reason = "its configuration and its manifest name different numbers of layers".into();

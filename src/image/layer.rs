@@ -351,3 +351,86 @@ fn xattrs(entry: &Entry, path: &Path) -> Result<Xattrs, LayerError> {
     }
     Ok(kept)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn small() -> Limits {
+        Limits { entries: 100, metadata: 1 << 20, bytes: 1 << 20 }
+    }
+
+    fn image(archive: &[u8]) -> Result<Vec<u8>, LayerError> {
+        let mut layer = Layer::new(small());
+        let (writer, _) = layer.make(archive, Cursor::new(Vec::new()))?;
+        writer.finish(layer.tree(), [0; 16]).map(Cursor::into_inner).map_err(LayerError::Write)
+    }
+
+    fn entry(header: &mut tar::Header, data: &[u8]) -> Vec<u8> {
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        let mut bytes = [header.as_bytes(), data].concat();
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes
+    }
+
+    /// An archive of every kind of entry.
+    fn archive() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (i, kind) in b"5012346xLK".iter().enumerate() {
+            let mut header = tar::Header::new_ustar();
+            header.set_path(format!("d/f{i}")).unwrap();
+            header.set_entry_type(tar::EntryType::new(*kind));
+            header.as_mut_bytes()[157..161].copy_from_slice(b"d/f1");
+            for field in [100, 108, 116, 136, 329, 337] {
+                header.as_mut_bytes()[field..field + 7].copy_from_slice(b"0000017");
+            }
+            let data: &[u8] = match kind {
+                b'0' => &[7; 5000],
+                b'x' => b"29 SCHILY.xattr.user.a=value\n14 uid=123456\n",
+                b'L' | b'K' => b"a/long/name",
+                _ => b"",
+            };
+            bytes.extend(entry(&mut header, data));
+        }
+        let mut header = tar::Header::new_ustar();
+        header.set_path("d/last").unwrap();
+        header.set_mode(0o644);
+        bytes.extend(entry(&mut header, b"data"));
+        bytes
+    }
+
+    /// A checksum that fits lets damage through to what reads the fields.
+    fn mend(bytes: &mut [u8]) {
+        for record in bytes.chunks_exact_mut(512) {
+            let is_header = &record[257..262] == b"ustar";
+            if is_header {
+                let sum: u32 =
+                    (0..512).map(|i| if (148..156).contains(&i) { 32 } else { u32::from(record[i]) }).sum();
+                record[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_entry_is_taken() {
+        assert!(image(&archive()).unwrap().len() > 8192);
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_panics(damage in prop::collection::vec((0usize..8192, any::<u8>()), 1..8)) {
+            let mut bytes = archive();
+            for (at, value) in damage {
+                let at = at % bytes.len();
+                bytes[at] = value;
+            }
+            mend(&mut bytes);
+            let _ = image(&bytes);
+        }
+    }
+}

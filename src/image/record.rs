@@ -146,9 +146,12 @@ impl Store {
         Ok(Lease { file })
     }
 
-    /// Whether somebody uses an image.
-    pub(super) fn is_leased(&self, image: &Record) -> bool {
-        File::open(self.image(&image.manifest)).is_ok_and(|file| crate::sys::lock::is_locked(&file))
+    /// Keeps an image from being leased, unless somebody uses it. As long as the file is open, a new lease waits, and then
+    /// finds that the image has gone.
+    pub(super) fn unleased(&self, image: &Record) -> Option<File> {
+        let file = File::open(self.image(&image.manifest)).ok()?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some(file)
     }
 
     /// The image's configuration.

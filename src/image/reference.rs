@@ -72,9 +72,12 @@ impl FromStr for Reference {
             return Err(bad("a tag is letters, digits, _, . and -, at most 128"));
         }
         let (registry, repository) = match path.split_once('/') {
-            Some((host, path)) if is_host(host) => (host, path),
+            Some((host, path)) if looks_like_host(host) => (host, path),
             _ => (DEFAULT_REGISTRY, path),
         };
+        if !is_host(registry) {
+            return Err(bad("in front of the first slash stands HOST or HOST:PORT"));
+        }
         let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
         let official = registry == DEFAULT_REGISTRY && !repository.contains('/');
         let repository = format!("{}{repository}", if official { OFFICIAL } else { "" });
@@ -90,9 +93,27 @@ impl FromStr for Reference {
 }
 
 /// Docker's rule: what is in front of the first slash is a host if it has a dot or a port, or is localhost.
+fn looks_like_host(text: &str) -> bool {
+    text.contains(['.', ':']) || text == "localhost"
+}
+
+/// A name, an address or an IPv6 address in brackets, with or without a port.
 fn is_host(text: &str) -> bool {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b':' | b'[' | b']');
-    (text.contains(['.', ':']) || text == "localhost") && text.bytes().all(allowed)
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let letter = |b: u8| b.is_ascii_alphanumeric();
+    let is_label = |label: &str| {
+        let (first, last) = (label.bytes().next(), label.bytes().last());
+        first.is_some_and(letter) && last.is_some_and(letter) && label.bytes().all(|b| letter(b) || b == b'-')
+    };
+    let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let is_known = match inner {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => host.split('.').all(is_label),
+    };
+    is_known && port.is_none_or(|port| port.parse::<u16>().is_ok())
 }
 
 fn is_tag(text: &str) -> bool {

@@ -52,8 +52,12 @@ pub fn prune(store: &Store, all: bool, waiting: impl FnOnce()) -> Result<Removed
     let _guard = store.to_remove(waiting)?;
     let mut removed = Removed::default();
     for image in store.images()? {
-        if (all || image.names.is_empty()) && !store.is_leased(&image.record) {
-            remove_image(store, &image, &mut removed)?;
+        if !all && !image.names.is_empty() {
+            continue;
+        }
+        match remove_image(store, &image, &mut removed) {
+            Ok(()) | Err(ImageError::InUse(_)) => {}
+            Err(error) => return Err(error),
         }
     }
     sweep(store, &mut removed)?;
@@ -62,9 +66,9 @@ pub fn prune(store: &Store, all: bool, waiting: impl FnOnce()) -> Result<Removed
 
 fn remove_image(store: &Store, image: &Named, removed: &mut Removed) -> Result<(), ImageError> {
     let id = image.record.config.short();
-    if store.is_leased(&image.record) {
+    let Some(_held) = store.unleased(&image.record) else {
         return Err(ImageError::InUse(image.names.first().cloned().unwrap_or(id)));
-    }
+    };
     // Names first: one that is left over would be of an image that is not there.
     for name in &image.names {
         remove_name(store, name, removed)?;

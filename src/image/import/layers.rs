@@ -62,7 +62,8 @@ impl<'a> Layers<'a> {
         diff_id: Option<Digest>,
         open: impl FnOnce() -> Result<Part, ImageError>,
     ) -> Result<(), ImageError> {
-        if let (Some(diff_id), Some(blob)) = (diff_id, given.blob)
+        // An older docker-archive tells the digest of the plain archive alone, and has it plain.
+        if let (Some(diff_id), Some(blob)) = (diff_id, given.blob.or(diff_id))
             && let Some(there) = self.there(diff_id, blob)
         {
             self.done.push((there, Packing::Plain));
@@ -72,8 +73,9 @@ impl<'a> Layers<'a> {
         if given.size.is_some_and(|size| size != part.size) {
             return Err(refused(given, TarError::Truncated));
         }
-        let what = given.blob.or(diff_id).map_or_else(|| given.path.clone(), |digest| digest.short());
-        self.options.progress.start(&what, part.size);
+        let what = given.blob.or(diff_id).map(|digest| digest.short());
+        let what = what.as_deref().or(given.path.rsplit('/').next()).unwrap_or_default();
+        self.options.progress.start(what, part.size);
         let stored = self.store.temporary()?;
         let image = self.store.temporary()?;
         let pass = self.read(part, &stored, &image).map_err(|source| layer_error(given, source))?;
