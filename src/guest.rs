@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 /// Where the file is in the initramfs. Without it `microvm-init` runs what the kernel's command line says.
 pub const SPEC_PATH: &str = "/microvm.json";
 
+/// Where a container's program reads and prints, if the machine has it.
+pub const TERMINAL: &str = "/dev/hvc0";
+
 /// A container: its root file system, its surroundings and its program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,32 +61,51 @@ pub struct ProcessSpec {
     /// `USER[:GROUP]`, each a name or a number; empty: root.
     #[serde(default)]
     pub user: String,
+    /// It has a terminal: [`TERMINAL`] with the keys and line ends of one. Else it has no input, and what it prints comes
+    /// out as it is.
+    #[serde(default)]
+    pub terminal: bool,
 }
 
 impl GuestSpec {
-    /// An initramfs with this description alone, to be put behind another one that has `/init`: Linux unpacks one after
-    /// the other (Documentation/driver-api/early-userspace/buffer-format.rst). Its length is a multiple of four, as the
-    /// other's has to be.
+    /// An initramfs with this description, and with `init` as process 1 where that is given. It can stand behind another
+    /// one: Linux unpacks one after the other (Documentation/driver-api/early-userspace/buffer-format.rst). Its length is
+    /// a multiple of four, as the other's has to be.
     #[must_use]
-    pub fn to_initramfs(&self) -> Vec<u8> {
+    pub fn to_initramfs(&self, init: Option<&[u8]>) -> Vec<u8> {
         let text = serde_json::to_vec(self).unwrap_or_else(|_| unreachable!("its keys are strings"));
-        let mut archive = Vec::new();
-        cpio_entry(&mut archive, SPEC_PATH.trim_start_matches('/'), 0o100_600, &text);
-        cpio_entry(&mut archive, "TRAILER!!!", 0, &[]);
-        archive
+        let mut archive = Archive(Vec::new());
+        if let Some(init) = init {
+            for folder in ["dev", "proc", "sys", "tmp"] {
+                archive.add(folder, 0o040_755, (0, 0), &[]);
+            }
+            // The kernel opens it for process 1, before there is a devtmpfs.
+            archive.add("dev/console", 0o020_600, (5, 1), &[]);
+            archive.add("init", 0o100_755, (0, 0), init);
+        }
+        archive.add(SPEC_PATH.trim_start_matches('/'), 0o100_600, (0, 0), &text);
+        archive.add("TRAILER!!!", 0, (0, 0), &[]);
+        archive.0
     }
 }
 
-/// Adds a file to an archive of cpio's "newc" format: thirteen numbers of eight hexadecimal digits, name and contents,
-/// each filled up to four bytes.
-fn cpio_entry(archive: &mut Vec<u8>, name: &str, mode: u32, contents: &[u8]) {
-    // Inode, mode, user, group, links, time, length, four device numbers, length of the name with its NUL, no checksum.
-    let numbers = [0, mode, 0, 0, 1, 0, contents.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
-    let head: String = numbers.iter().map(|n| format!("{n:08x}")).collect();
-    archive.extend_from_slice(format!("070701{head}{name}\0").as_bytes());
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend_from_slice(contents);
-    archive.resize(archive.len().next_multiple_of(4), 0);
+/// An archive of cpio's "newc" format.
+struct Archive(Vec<u8>);
+
+impl Archive {
+    /// Adds a file: thirteen numbers of eight hexadecimal digits, name and contents, each filled up to four bytes.
+    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), contents: &[u8]) {
+        let (major, minor) = device;
+        let len = contents.len() as u32;
+        // Inode, mode, user, group, links, time, length, the file system's device and the node's own, length of the name
+        // with its NUL, no checksum.
+        let numbers = [0, mode, 0, 0, 1, 0, len, 0, 0, major, minor, name.len() as u32 + 1, 0];
+        let head: String = numbers.iter().map(|n| format!("{n:08x}")).collect();
+        self.0.extend_from_slice(format!("070701{head}{name}\0").as_bytes());
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self.0.extend_from_slice(contents);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+    }
 }
 
 fn root() -> String {
@@ -99,7 +121,7 @@ mod tests {
         let spec: GuestSpec =
             serde_json::from_str(r#"{"layers": ["a"], "hostname": "h", "process": {"args": ["sh"]}}"#)
                 .unwrap();
-        let archive = spec.to_initramfs();
+        let archive = spec.to_initramfs(None);
         assert_eq!(archive.len() % 4, 0);
         let dir = tempfile::tempdir().unwrap();
         let mut command = std::process::Command::new("cpio");

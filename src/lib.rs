@@ -11,8 +11,10 @@
 
 pub mod cli;
 
-pub mod doctor;
+pub mod container;
 
+pub mod doctor;
+pub mod image;
 pub mod kernels;
 
 pub mod control;

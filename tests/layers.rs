@@ -6,8 +6,8 @@ use std::path::Path;
 /// Left to right; modules of one group stand side by side and may import each other.
 const LAYERS: &[&[&str]] = &[
     &["cli"],
-    &["doctor"],
-    &["kernels"],
+    &["container"],
+    &["doctor", "image", "kernels"],
     &["control"],
     &["vmm"],
     &["devices"],

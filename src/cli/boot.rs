@@ -157,7 +157,7 @@ pub struct BootArgs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Format {
+pub(super) enum Format {
     Human,
     Json,
 }
@@ -218,7 +218,7 @@ fn parse_port(text: &str) -> Result<u16, String> {
     parsed.ok_or_else(|| "a port is a number from 0 to 0xffff".into())
 }
 
-fn parse_timeout(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_timeout(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(_) if text.contains('M') => Err("M would be months: write 1m for a minute".into()),
         other => other.map_err(|e| e.to_string()),
@@ -228,8 +228,14 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
 /// Boots, and says how it ended.
 pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
     let format = args.timeline;
-    let (print, kvm_device, metrics_path) =
-        (args.print_config, args.kvm_device.clone(), args.metrics.clone());
+    let print = args.print_config;
+    let launch = Launch {
+        timeline: format,
+        kvm_device: args.kvm_device.clone(),
+        metrics: args.metrics.clone(),
+        until_built: None,
+        until_end: None,
+    };
     let config = into_config(args)?;
     if print {
         config.validate().map_err(vmm::BuildError::from)?;
@@ -240,37 +246,60 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
         writeln!(io::stdout(), "{text}")?;
         return Ok(0);
     }
-    let timeline = Arc::new(Timeline::new(clock, format.is_some()));
-    timeline.mark(Phase::Start);
-    config.validate().map_err(vmm::BuildError::from)?;
-    let place = claim(&config)?;
-    let mut metrics_file = metrics_path.as_deref().map(|p| create_metrics(p, &config)).transpose()?;
-    let metrics = Arc::new(Registry::new(metrics_file.is_some()));
-    let mut vmm = vmm::build(&config, &kvm_device, timeline.clone(), metrics)?;
-    if let Some(control) = prepare_control(place, &config, &vmm)? {
-        vmm.add_service(Box::new(control));
+    launch.run(&config, clock)
+}
+
+/// What is no part of a VM's configuration.
+pub(super) struct Launch {
+    pub timeline: Option<Format>,
+    pub kvm_device: PathBuf,
+    pub metrics: Option<PathBuf>,
+    /// A file that the configuration names by its descriptor.
+    pub until_built: Option<File>,
+    /// A file that is to stay open as long as the VM runs, and what it is.
+    pub until_end: Option<(&'static str, File)>,
+}
+
+impl Launch {
+    /// Builds the VM and runs it to its end.
+    pub(super) fn run(self, config: &VmConfig, clock: Clock) -> Result<u8, CliError> {
+        let Self { timeline: format, kvm_device, metrics: metrics_path, until_built, until_end } = self;
+        let timeline = Arc::new(Timeline::new(clock, format.is_some()));
+        timeline.mark(Phase::Start);
+        config.validate().map_err(vmm::BuildError::from)?;
+        let place = claim(config)?;
+        let mut metrics_file = metrics_path.as_deref().map(|p| create_metrics(p, config)).transpose()?;
+        let metrics = Arc::new(Registry::new(metrics_file.is_some()));
+        let mut vmm = vmm::build(config, &kvm_device, timeline.clone(), metrics)?;
+        drop(until_built);
+        if let Some((what, file)) = &until_end {
+            vmm.keep(what, file);
+        }
+        if let Some(control) = prepare_control(place, config, &vmm)? {
+            vmm.add_service(Box::new(control));
+        }
+        if let Some((file, path)) = metrics_file.as_mut().zip(metrics_path) {
+            file.empty().map_err(|source| CliError::Metrics { path, source })?;
+            vmm.keep("the file of --metrics", file);
+        }
+        let Ended { end, metrics } = vmm::run(vmm)?;
+        report(&end);
+        if let Some((file, snapshot)) = metrics_file.zip(metrics)
+            && let Err(e) = file.write(&snapshot)
+        {
+            // The guest's status matters more.
+            say(&format!("--metrics cannot be written: {e}"));
+        }
+        if let Some(format) = format {
+            let format = match format {
+                Format::Human => TimelineFormat::Human,
+                Format::Json => TimelineFormat::Json,
+            };
+            // The guest's status matters more than a standard error that cannot be written.
+            let _ = write_timeline(&timeline, format, &mut io::stderr().lock());
+        }
+        Ok(end.exit_status())
     }
-    if let Some((file, path)) = metrics_file.as_mut().zip(metrics_path) {
-        file.empty().map_err(|source| CliError::Metrics { path, source })?;
-        vmm.keep("the file of --metrics", file);
-    }
-    let Ended { end, metrics } = vmm::run(vmm)?;
-    report(&end);
-    if let Some((file, snapshot)) = metrics_file.zip(metrics)
-        && let Err(e) = file.write(&snapshot)
-    {
-        // The guest's status matters more.
-        say(&format!("--metrics cannot be written: {e}"));
-    }
-    if let Some(format) = format {
-        let format = match format {
-            Format::Human => TimelineFormat::Human,
-            Format::Json => TimelineFormat::Json,
-        };
-        // The guest's status matters more than a standard error that cannot be written.
-        let _ = write_timeline(&timeline, format, &mut io::stderr().lock());
-    }
-    Ok(end.exit_status())
 }
 
 /// Takes the VM's name before anything is built. A VM that nobody gave a name or a socket also runs without: a host

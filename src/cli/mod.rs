@@ -4,9 +4,11 @@ mod boot;
 mod completions;
 mod ctl;
 mod doctor;
+mod image;
 mod kernel;
 mod man;
 mod ps;
+mod run;
 mod table;
 
 use std::io::{self, Write};
@@ -16,7 +18,9 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
 
+use crate::container::ContainerError;
 use crate::control::{ClientError, ControlError, PlaceError};
+use crate::image::ImageError;
 use crate::kernels::KernelError;
 use crate::logger;
 use crate::metrics::Clock;
@@ -36,9 +40,11 @@ struct Cli {
 const EXAMPLES: &str = "Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio
   microvm boot --kernel bzImage --cpus 2 --memory 1G --timeline
+  microvm run -it alpine sh
   microvm ps
   microvm ctl NAME pause
   microvm doctor
+  microvm image import alpine.tar
 
 `microvm COMMAND --help` tells more of each.";
 
@@ -46,6 +52,8 @@ const EXAMPLES: &str = "Examples:
 enum Command {
     /// Boot a Linux kernel in a new virtual machine
     Boot(Box<boot::BootArgs>),
+    /// Run a container image in a virtual machine of its own
+    Run(Box<run::RunArgs>),
     /// List this user's virtual machines
     Ps(ps::PsArgs),
     /// Control a running virtual machine: state, pause, resume, stop, metrics, devices
@@ -54,6 +62,8 @@ enum Command {
     Kernel(kernel::KernelArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
+    /// Import, list and remove container images
+    Image(image::ImageArgs),
     /// Print a shell's completions
     Completions(completions::CompletionsArgs),
     /// Write the man pages into a folder
@@ -111,6 +121,12 @@ pub enum CliError {
     /// A guest kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// An image, or the store of images.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A container.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -141,6 +157,8 @@ impl CliError {
             | Self::Control(_)
             | Self::Client(_)
             | Self::Kernel(_)
+            | Self::Image(_)
+            | Self::Container(_)
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -176,10 +194,12 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
     logger::start(cli.verbose);
     match cli.command {
         Command::Boot(args) => boot::run(*args, clock),
+        Command::Run(args) => run::run(*args, clock),
         Command::Ps(args) => ps::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Kernel(args) => kernel::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     }

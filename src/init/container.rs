@@ -66,13 +66,17 @@ pub fn start(process: &ProcessSpec) -> io::Result<Child> {
     command.args(arguments).env_clear().env("HOME", &user.home);
     command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
     command.current_dir(&process.cwd);
+    let terminal = process.terminal;
     // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
-    unsafe { command.pre_exec(move || become_user(&user)) };
+    unsafe { command.pre_exec(move || become_user(&user, terminal)) };
     command.spawn()
 }
 
-fn become_user(user: &User) -> io::Result<()> {
+fn become_user(user: &User, terminal: bool) -> io::Result<()> {
     rustix::process::setsid()?;
+    if terminal {
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+    }
     // While it still may: groups, group, user. libc's functions would wake threads that a forked child has not.
     let groups = user.groups.as_slice();
     // SAFETY: Linux reads as many group ids as it is told there are.

@@ -60,6 +60,7 @@ fn main() {
     // A container need not have the file that says which.
     let status_port = status_port();
     let program = prepare();
+    let is_container = !matches!(program, Ok(Program::Words(_)));
     mark(Phase::InitReady);
     let status = match program {
         Ok(program) => run(program, &mark),
@@ -71,8 +72,10 @@ fn main() {
     mark(Phase::WorkloadEnd);
     console::drain();
     rustix::fs::sync();
-    // 0 to 127 is what the port takes: a signal's 128 + N becomes 127. It ends the VM.
-    status_port.iter().for_each(|port| port.write(status.min(127)));
+    // Ends the VM.
+    status_port.iter().for_each(|port| {
+        if is_container { port.write16(status.into()) } else { port.write(status.min(127)) }
+    });
     end();
 }
 
@@ -109,7 +112,10 @@ enum Program {
 /// Makes the container, where the host wants one.
 fn prepare() -> Result<Program, Failed> {
     match container::spec()? {
-        Some(spec) => container::enter(&spec).map(|()| Program::Container(spec.process)),
+        Some(spec) => {
+            console::take(spec.process.terminal);
+            container::enter(&spec).map(|()| Program::Container(spec.process))
+        }
         None => Ok(Program::Words(std::env::args_os().skip(1).collect())),
     }
 }

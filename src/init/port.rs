@@ -9,8 +9,16 @@ impl Port {
     /// Asks the kernel for the port. `None` where it gives none (`CONFIG_X86_IOPL_IOPERM` off, or not root).
     pub fn open(port: u16) -> Option<Self> {
         // SAFETY: the call changes which ports this process may use and touches no memory.
-        let result = unsafe { libc::ioperm(port.into(), 1, 1) };
+        let result = unsafe { libc::ioperm(port.into(), 2, 1) };
         (result == 0).then_some(Self(port))
+    }
+
+    /// Writes two bytes at once.
+    pub fn write16(&self, value: u16) {
+        // SAFETY: a port's neighbour belongs to the same device here, and the kernel checks both; as below otherwise.
+        unsafe {
+            asm!("out dx, ax", in("dx") self.0, in("ax") value, options(nomem, nostack, preserves_flags));
+        };
     }
 
     /// Writes a byte.

@@ -303,10 +303,13 @@ fn add_platform_devices(ports: &mut Bus, config: &VmConfig) -> Result<(), BuildE
         // COM1 is put on the bus later.
         let serial = layout::SERIAL_PORT..=layout::SERIAL_PORT + layout::SERIAL_LEN - 1;
         let serial = (*config.serial_end() != HostEnd::Null).then_some(serial);
-        if IN_KERNEL_PORTS.into_iter().chain(serial).any(|range| range.contains(&port)) {
+        let takes = |range: &std::ops::RangeInclusive<u16>| {
+            range.contains(&port) || range.contains(&port.saturating_add(1))
+        };
+        if port == u16::MAX || IN_KERNEL_PORTS.into_iter().chain(serial).any(|range| takes(&range)) {
             return Err(taken());
         }
-        add(ports, "the exit status", port, 1, ExitCode).map_err(|_| taken())?;
+        add(ports, "the exit status", port, 2, ExitCode).map_err(|_| taken())?;
     }
     Ok(())
 }

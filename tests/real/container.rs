@@ -1,4 +1,4 @@
-//! `microvm-init` with a container: its layers, its surroundings, its program.
+//! Containers: `microvm-init` with its layers, surroundings and program, and `microvm run`.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -54,6 +54,7 @@ impl Image {
             env: vec!["PATH=/bin".into(), "GREETING=hello world".into()],
             cwd: "/".into(),
             user: String::new(),
+            terminal: false,
         };
         let mut spec = GuestSpec {
             layers: ids.clone(),
@@ -65,7 +66,7 @@ impl Image {
         };
         change(&mut spec);
         let mut archive = fs::read(initrd(name)).unwrap();
-        archive.extend(spec.to_initramfs());
+        archive.extend(spec.to_initramfs(None));
         let archive = self.host.file("initrd", &archive);
         let mut command = self.host.microvm(["boot", "--timeout", "120s", "--exit-code-port", "0xf4"]);
         command.arg("--kernel").arg(kernel(name).join(file)).arg("--initrd").arg(archive);
@@ -173,4 +174,89 @@ fn container_programs_end_as_dockers_do() {
     let output = image.run(tuned, |spec| spec.layers.push("missing".into()));
     status(&output, 125);
     assert!(stdout(&output).contains("no disk missing"), "{}", stdout(&output));
+}
+
+/// A host with an image `box` and the tuned kernel.
+fn host_with_image() -> Host {
+    let image = Image::new();
+    let host = Host::new();
+    let archive = host.dir.path().join("box.tar");
+    run(Command::new("tar")
+        .arg("-C")
+        .arg(image.host.dir.path().join("lower"))
+        .arg("-cf")
+        .arg(&archive)
+        .arg("."));
+    let path = archive.to_str().unwrap();
+    run(&mut host.microvm(["image", "import", path, "--name", "box"]));
+    run(host.microvm(["kernel", "import", "--name", "tuned"]).arg(kernel("tuned").join("vmlinux")));
+    host
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn run_gives_the_programs_output_and_status() {
+    let host = host_with_image();
+    // Beside the release's microvm-init, which is what is shipped.
+    let init =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("target/x86_64-unknown-linux-gnu/release/microvm-init");
+    let run = |words: &[&str]| {
+        let words = ["run", "--timeout", "120s"].iter().chain(words);
+        host.microvm(words).env("MICROVM_INIT", &init).env("FROM_HERE", "here").output().unwrap()
+    };
+    for (words, expected, printed) in [
+        (&["box", "sh", "-c", "printf 'a\\nb\\n'; exit 3"][..], 3, "a\nb\n"),
+        (&["--hostname", "other", "box", "busybox", "hostname"], 0, "other\n"),
+        (
+            &["-u", "web", "-w", "/tmp/x", "box", "busybox", "sh", "-c", "busybox id -u; busybox pwd"],
+            0,
+            "33\n/tmp/x\n",
+        ),
+        (
+            &[
+                "-e",
+                "A=1",
+                "-e",
+                "FROM_HERE",
+                "-e",
+                "NOT_HERE",
+                "box",
+                "sh",
+                "-c",
+                "echo $A $FROM_HERE$NOT_HERE",
+            ],
+            0,
+            "1 here\n",
+        ),
+        (&["--entrypoint", "busybox", "box", "echo", "-n", "x"], 0, "x"),
+        (&["--cpus", "2", "--memory", "512M", "box", "busybox", "nproc"], 0, "2\n"),
+        (&["--read-only", "box", "sh", "-c", "(busybox touch /x) 2>/dev/null || echo no"], 0, "no\n"),
+        (&["box", "sh", "-c", "kill -9 $$"], 137, ""),
+        (
+            &["box", "/etc/passwd"],
+            126,
+            "microvm-init: /etc/passwd cannot be run: Permission denied (os error 13)\n",
+        ),
+        (
+            &["box", "nothing"],
+            127,
+            "microvm-init: nothing cannot be run: No such file or directory (os error 2)\n",
+        ),
+    ] {
+        let output = run(words);
+        status(&output, expected);
+        assert_eq!(stdout(&output), printed, "{words:?}");
+    }
+    for (words, expected) in [
+        (&["nobox", "true"][..], "nobox"),
+        (&["box"], "no command"),
+        (&["--kernel", "none", "box", "true"], "no kernel none"),
+        (&["-t", "box", "true"], "no terminal"),
+        (&["--hostname", "a b", "box", "true"], "--hostname \"a b\""),
+    ] {
+        let output = run(words);
+        status(&output, 125);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(expected) && text.lines().count() == 1, "{words:?}: {text}");
+    }
 }

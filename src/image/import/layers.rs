@@ -1,0 +1,200 @@
+//! The layers of one image, lowest first: stored as they came, and as file systems.
+
+use std::io::{self, Read, Write};
+use std::thread;
+
+use super::super::decode::{self, Packing};
+use super::super::digest::{Digest, HashingReader};
+use super::super::erofs;
+use super::super::error::ImageError;
+use super::super::layer::{Layer, LayerError};
+use super::super::record::LayerRecord;
+use super::super::source::Part;
+use super::super::store::{Store, Temporary};
+use super::super::tar::TarError;
+use super::{Counted, ImportOptions};
+
+/// Where a layer is, and what is said of it.
+pub(super) struct Given {
+    /// Its path in the source.
+    pub path: String,
+    /// The digest of what lies there.
+    pub blob: Option<Digest>,
+    /// Its bytes.
+    pub size: Option<u64>,
+}
+
+/// An image's layers so far.
+pub(super) struct Layers<'a> {
+    store: &'a Store,
+    options: &'a ImportOptions<'a>,
+    done: Vec<(LayerRecord, Packing)>,
+}
+
+/// What one pass over a layer gives.
+struct Pass {
+    layer: Layer,
+    writer: erofs::Writer<std::fs::File>,
+    blob: (Digest, u64),
+    diff_id: Digest,
+    packing: Packing,
+    ended: bool,
+}
+
+impl<'a> Layers<'a> {
+    pub fn new(store: &'a Store, options: &'a ImportOptions) -> Self {
+        Self { store, options, done: Vec::new() }
+    }
+
+    pub fn done(&self) -> &[(LayerRecord, Packing)] {
+        &self.done
+    }
+
+    pub fn into_records(self) -> Vec<LayerRecord> {
+        self.done.into_iter().map(|(layer, _)| layer).collect()
+    }
+
+    /// Adds the next layer, unless the store has it. `diff_id` is the digest its plain archive should have; without, its
+    /// end must be marked, as nothing else would tell that it is whole.
+    pub fn add(
+        &mut self,
+        given: &Given,
+        diff_id: Option<Digest>,
+        open: impl FnOnce() -> Result<Part, ImageError>,
+    ) -> Result<(), ImageError> {
+        // An older docker-archive tells the digest of the plain archive alone, and has it plain.
+        if let (Some(diff_id), Some(blob)) = (diff_id, given.blob.or(diff_id))
+            && let Some(there) = self.there(diff_id, blob)
+        {
+            self.done.push((there, Packing::Plain));
+            return Ok(());
+        }
+        let part = open()?;
+        if given.size.is_some_and(|size| size != part.size) {
+            return Err(refused(given, TarError::Truncated));
+        }
+        let what = given.blob.or(diff_id).map(|digest| digest.short());
+        let what = what.as_deref().or(given.path.rsplit('/').next()).unwrap_or_default();
+        self.options.progress.start(what, part.size);
+        let stored = self.store.temporary()?;
+        let image = self.store.temporary()?;
+        let pass = self.read(part, &stored, &image).map_err(|source| layer_error(given, source))?;
+        if let Some(wanted) = given.blob.filter(|wanted| *wanted != pass.blob.0) {
+            return Err(ImageError::Digest { name: wanted.to_string(), found: pass.blob.0 });
+        }
+        if let Some(wanted) = diff_id.filter(|wanted| *wanted != pass.diff_id) {
+            return Err(ImageError::Digest {
+                name: format!("{} ({wanted})", given.path),
+                found: pass.diff_id,
+            });
+        }
+        if diff_id.is_none() && !pass.ended {
+            return Err(refused(given, TarError::Truncated));
+        }
+        self.keep(given, pass, stored, image)
+    }
+
+    /// The layer as the store has it.
+    fn there(&self, diff_id: Digest, blob: Digest) -> Option<LayerRecord> {
+        let blob_size = self.store.blob(&blob).metadata().ok()?.len();
+        let keys = [diff_id, self.chained(diff_id)];
+        let size = |key: &Digest| Some((*key, self.store.layer(key).metadata().ok()?.len()));
+        let (image, image_size) = keys.iter().find_map(size)?;
+        Some(LayerRecord { diff_id, blob, blob_size, image, image_size })
+    }
+
+    /// Names a layer that depends on those below it.
+    fn chained(&self, diff_id: Digest) -> Digest {
+        let below = self.done.iter().map(|(layer, _)| layer.diff_id);
+        let chain: Vec<_> = below.chain([diff_id]).map(|digest| digest.to_string()).collect();
+        Digest::of(chain.join(" ").as_bytes())
+    }
+
+    /// One pass: stores what comes and hashes it, unpacks it, hashes that and makes the image.
+    fn read(&self, part: Part, stored: &Temporary, image: &Temporary) -> Result<Pass, LayerError> {
+        let unreadable = |e: io::Error| LayerError::Tar(TarError::Read(e));
+        let limits = self.options.limits;
+        let counted = Counted { inner: part.data, progress: self.options.progress };
+        let mut blob = HashingReader::new(Copied { inner: counted, copy: &stored.file }, limits.bytes);
+        let out = image.file.try_clone().map_err(LayerError::Write)?;
+        let (packing, made, diff_id) = thread::scope(|scope| {
+            let (packing, sniffed) = decode::sniff(&mut blob).map_err(unreadable)?;
+            let unpacked = decode::unpacked(packing, sniffed).map_err(unreadable)?;
+            let mut plain = HashingReader::new(decode::ahead(scope, unpacked), limits.bytes);
+            let mut layer = Layer::new(limits);
+            let (writer, tar) = layer.make(&mut plain, out)?;
+            let ended = tar.was_ended();
+            let (diff_id, _) = plain.finish().map_err(unreadable)?;
+            Ok::<_, LayerError>((packing, (layer, writer, ended), diff_id))
+        })?;
+        let blob = blob.finish().map_err(unreadable)?;
+        let (layer, writer, ended) = made;
+        Ok(Pass { layer, writer, blob, diff_id, packing, ended })
+    }
+
+    fn keep(
+        &mut self,
+        given: &Given,
+        mut pass: Pass,
+        stored: Temporary,
+        image: Temporary,
+    ) -> Result<(), ImageError> {
+        let chained = pass.layer.implied().next().is_some() && !self.done.is_empty();
+        if chained {
+            self.describe(&mut pass.layer)?;
+        }
+        let key = if chained { self.chained(pass.diff_id) } else { pass.diff_id };
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&key.0[..16]);
+        let written = pass.writer.finish(pass.layer.tree(), uuid);
+        let file = written.map_err(|e| layer_error(given, LayerError::Write(e)))?;
+        let image_size = file.metadata().map_err(|e| layer_error(given, LayerError::Write(e)))?.len();
+        let (blob, blob_size) = pass.blob;
+        let place = self.store.layer(&key);
+        // One that is there is the same, and VMs may have it open.
+        if !place.exists() {
+            image.keep(&place)?;
+        }
+        if !self.store.blob(&blob).exists() {
+            stored.keep(&self.store.blob(&blob))?;
+        }
+        let record = LayerRecord { diff_id: pass.diff_id, blob, blob_size, image: key, image_size };
+        self.done.push((record, pass.packing));
+        Ok(())
+    }
+
+    /// overlayfs shows the owner and mode of a folder as its uppermost layer has them: where a layer only passes through
+    /// a folder, these are what the layers below say.
+    fn describe(&self, layer: &mut Layer) -> Result<(), ImageError> {
+        let mut below = Vec::new();
+        for (record, _) in self.done.iter().rev() {
+            let path = self.store.layer(&record.image);
+            let opened = erofs::Reader::open(&path);
+            below.push(opened.map_err(|source| ImageError::Store { path, source })?);
+        }
+        layer.describe(|path| below.iter().find_map(|layer| layer.folder(path).ok().flatten()));
+        Ok(())
+    }
+}
+
+fn refused(given: &Given, source: TarError) -> ImageError {
+    layer_error(given, source.into())
+}
+
+fn layer_error(given: &Given, source: LayerError) -> ImageError {
+    ImageError::Layer { name: given.path.clone(), source }
+}
+
+/// Writes what is read through it to a file.
+struct Copied<'a, R> {
+    inner: R,
+    copy: &'a std::fs::File,
+}
+
+impl<R: Read> Read for Copied<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.copy.write_all(&buffer[..count])?;
+        Ok(count)
+    }
+}

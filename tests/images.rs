@@ -1,0 +1,631 @@
+//! `microvm image`: archives made here, good and hostile, and images that umoci and skopeo make.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use common::{Host, assert_fails, in_child, stdout};
+use microvm::image::{Digest, Store};
+use serde_json::{Value, json};
+use tar::{EntryType, Header};
+
+/// A test's own store.
+struct Images {
+    host: Host,
+}
+
+impl Images {
+    fn new() -> Self {
+        Self { host: Host::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.host.dir.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.host.microvm([&["image"], args].concat());
+        command.env("MICROVM_DATA", self.path("data"));
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    #[track_caller]
+    fn done(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", common::stderr(&output));
+        stdout(&output)
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.done(args)).unwrap()
+    }
+
+    fn store(&self) -> Store {
+        Store::at(self.path("data/images")).unwrap()
+    }
+
+    /// Every file of the store but its lock.
+    fn files(&self) -> Vec<PathBuf> {
+        fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(dir).into_iter().flatten() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { walk(&path, found) } else { found.push(path) }
+            }
+        }
+        let mut found = Vec::new();
+        walk(&self.path("data"), &mut found);
+        found.retain(|path| !path.ends_with("lock"));
+        found
+    }
+
+    /// The import fails with one line that has `words`, and leaves nothing behind.
+    #[track_caller]
+    fn refused(&self, args: &[&str], words: &[&str]) {
+        let output = self.run(&[&["import"], args].concat());
+        assert_fails(&output, 1, words);
+        assert_eq!(self.files(), Vec::<PathBuf>::new());
+    }
+}
+
+/// An archive, entry by entry, without the `tar` crate's checks of names.
+#[derive(Default)]
+struct Tar(Vec<u8>);
+
+impl Tar {
+    fn entry(mut self, kind: EntryType, name: &str, link: &str, data: &[u8]) -> Self {
+        let mut header = Header::new_ustar();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        header.set_entry_type(kind);
+        header.set_mode(if kind == EntryType::Directory { 0o750 } else { 0o644 });
+        header.set_uid(5);
+        header.set_gid(6);
+        header.set_mtime(7);
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        self.0.extend(header.as_bytes());
+        self.0.extend(data);
+        self.0.resize(self.0.len().next_multiple_of(512), 0);
+        self
+    }
+
+    fn file(self, name: &str, data: &[u8]) -> Self {
+        self.entry(EntryType::Regular, name, "", data)
+    }
+
+    fn dir(self, name: &str) -> Self {
+        self.entry(EntryType::Directory, name, "", b"")
+    }
+
+    fn link(self, name: &str, target: &str) -> Self {
+        self.entry(EntryType::Symlink, name, target, b"")
+    }
+
+    fn hard(self, name: &str, target: &str) -> Self {
+        self.entry(EntryType::Link, name, target, b"")
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.0.extend([0; 1024]);
+        self.0
+    }
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// An OCI layout that is written part by part, so that any part can be wrong.
+struct Oci {
+    dir: PathBuf,
+}
+
+impl Oci {
+    fn new(dir: PathBuf) -> Self {
+        fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
+        fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+        Self { dir }
+    }
+
+    fn blob(&self, bytes: &[u8]) -> Value {
+        let digest = Digest::of(bytes);
+        fs::write(self.dir.join("blobs/sha256").join(digest.hex()), bytes).unwrap();
+        json!({ "digest": digest, "size": bytes.len() })
+    }
+
+    fn config(&self, architecture: &str, layers: &[&[u8]]) -> Value {
+        let ids: Vec<_> = layers.iter().map(|layer| Digest::of(layer)).collect();
+        let config = json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": ids } });
+        self.blob(config.to_string().as_bytes())
+    }
+
+    /// An image of plain layers.
+    fn image(&self, architecture: &str, layers: &[&[u8]]) -> Value {
+        let blobs: Vec<_> = layers.iter().map(|layer| self.blob(layer)).collect();
+        self.manifest(&self.config(architecture, layers), &blobs)
+    }
+
+    fn manifest(&self, config: &Value, layers: &[Value]) -> Value {
+        let manifest = json!({ "schemaVersion": 2, "config": config, "layers": layers });
+        let mut descriptor = self.blob(manifest.to_string().as_bytes());
+        descriptor["mediaType"] = json!("application/vnd.oci.image.manifest.v1+json");
+        descriptor
+    }
+
+    fn index(&self, manifests: &[Value]) {
+        let index = json!({ "schemaVersion": 2, "manifests": manifests });
+        fs::write(self.dir.join("index.json"), index.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn an_archive_of_files_is_an_image() {
+    let images = Images::new();
+    let tar = Tar::default()
+        .dir("./")
+        .dir("/etc")
+        .file("etc/hosts", b"x")
+        .hard("etc/h", "/etc/hosts")
+        .link("l", "/../x");
+    let tar = tar.end();
+    images.host.file("plain.tar", &tar);
+    images.host.file("packed.tar.gz", &gzip(&tar));
+    let zstd = zstd::encode_all(&tar[..], 1).unwrap();
+    images.host.file("packed.tar.zst", &zstd);
+    let id = images.json(&["import", "plain.tar", "--name", "files", "--format", "json"])[0]["id"].clone();
+    for packed in ["packed.tar.gz", "packed.tar.zst"] {
+        assert_eq!(images.json(&["import", packed, "--format", "json"])[0]["id"], id, "{packed}");
+    }
+    let list = images.json(&["ls", "--format", "json"]);
+    assert_eq!(list.as_array().unwrap().len(), 3, "one configuration, three manifests: {list}");
+    let layers = images.files().iter().filter(|f| f.extension().is_some_and(|e| e == "erofs")).count();
+    assert_eq!(layers, 1);
+    assert!(images.done(&["ls"]).contains("docker.io/library/files:latest"));
+}
+
+#[test]
+fn the_same_archive_is_the_same_file_system() {
+    let tar = Tar::default().dir("a").file("a/x", &[1; 10_000]).file("a/y", b"small").end();
+    let layer = || {
+        let images = Images::new();
+        images.host.file("files.tar", &tar);
+        images.done(&["import", "files.tar", "--name", "x"]);
+        let image = images.json(&["inspect", "x"]);
+        fs::read(image[0]["layers"][0]["path"].as_str().unwrap()).unwrap()
+    };
+    assert_eq!(layer(), layer());
+}
+
+#[test]
+fn paths_that_escape_are_refused() {
+    let images = Images::new();
+    for (name, tar) in [
+        ("../x", Tar::default().file("../x", b"")),
+        ("a/../../x", Tar::default().file("a/../../x", b"")),
+        ("/..", Tar::default().dir("/..")),
+        ("a/x", Tar::default().link("a", "/etc").file("a/x", b"")),
+        ("a/b/x", Tar::default().link("a", ".").dir("c").file("a/b/x", b"")),
+        ("../../etc/passwd", Tar::default().hard("x", "../../etc/passwd")),
+        ("a/passwd", Tar::default().link("a", "/etc").hard("x", "a/passwd")),
+        ("..", Tar::default().file("a/.wh...", b"").file("../", b"")),
+    ] {
+        images.host.file("bad.tar", &tar.end());
+        images.refused(&["bad.tar"], &["bad.tar", name]);
+    }
+}
+
+#[test]
+fn archives_that_make_no_sense_are_refused() {
+    let images = Images::new();
+    for (words, tar) in [
+        ("not in the layer", Tar::default().hard("x", "missing")),
+        ("to a folder", Tar::default().dir("d").hard("x", "d")),
+        ("should be", Tar::default().file("f", b"").file("f/x", b"")),
+        ("of nothing", Tar::default().file("d/.wh.", b"")),
+        ("without a target", Tar::default().link("l", "")),
+        ("not known", Tar::default().entry(EntryType::GNUSparse, "s", "", b"")),
+        ("not known", Tar::default().entry(EntryType::new(b'Z'), "s", "", b"")),
+        (
+            "too many headers",
+            (0..20).fold(Tar::default(), |tar, _| tar.entry(EntryType::GNULongName, "l", "", b"x")),
+        ),
+        ("more than 1 MiB", Tar::default().entry(EntryType::XHeader, "x", "", &vec![b'x'; 2 << 20])),
+        ("pax record", Tar::default().entry(EntryType::XHeader, "x", "", b"999 path=x\n").file("f", b"")),
+        ("larger than Linux", long_xattr()),
+    ] {
+        images.host.file("bad.tar", &tar.end());
+        images.refused(&["bad.tar"], &["bad.tar", words]);
+    }
+    images.host.file("bad.tar", b"this is text");
+    images.refused(&["bad.tar"], &["bad.tar"]);
+    images.refused(&["missing.tar"], &["missing.tar", "No such file"]);
+    images.refused(&["/dev/null"], &["neither a file nor a folder"]);
+}
+
+/// Attributes of more than 64 KiB.
+fn long_xattr() -> Tar {
+    let record = format!("70027 SCHILY.xattr.user.a={}\n", "x".repeat(70_000));
+    assert_eq!(record.len(), 70_027);
+    Tar::default().entry(EntryType::XHeader, "x", "", record.as_bytes()).file("f", b"")
+}
+
+#[test]
+fn what_is_cut_off_is_refused() {
+    let images = Images::new();
+    let tar = Tar::default().dir("d").file("f", &[7; 5000]).end();
+    let packed = gzip(&tar);
+    for bytes in
+        [&tar[..700], &tar[..1200], &tar[..3000], &tar[..tar.len() - 1024], &packed[..packed.len() - 9]]
+    {
+        images.host.file("cut.tar", bytes);
+        images.refused(&["cut.tar"], &["cut.tar"]);
+    }
+}
+
+#[test]
+fn archives_that_grow_are_stopped() {
+    let images = Images::new();
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    encoder.write_all(&Tar::default().file("f", &vec![0; 8 << 20]).end()).unwrap();
+    images.host.file("bomb.tar.gz", &encoder.finish().unwrap());
+    images.refused(&["bomb.tar.gz", "--max-size", "4M"], &["bomb.tar.gz", "larger than"]);
+    // A path of a thousand folders, a thousand times, is what counts, not the archive's size.
+    let deep = (0..2000).fold(Tar::default(), |tar, i| {
+        let path = format!("{i}/{}", "d/".repeat(1900));
+        tar.entry(EntryType::GNULongName, "l", "", path.as_bytes()).file("x", b"")
+    });
+    images.host.file("deep.tar", &deep.end());
+    images.refused(&["deep.tar"], &["deep.tar", "more than"]);
+}
+
+#[test]
+fn wrong_digests_are_refused() {
+    let layer = Tar::default().file("f", &[7; 5000]).end();
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let manifest = oci.image("amd64", &[&layer]);
+    oci.index(std::slice::from_ref(&manifest));
+    let parts = fs::read_dir(images.path("oci/blobs/sha256")).unwrap().map(|e| e.unwrap().path());
+    for part in parts.collect::<Vec<_>>() {
+        let good = fs::read(&part).unwrap();
+        let mut bad = good.clone();
+        // In the layer, within the file's data: only its digest tells.
+        let at = bad.len() / 2;
+        bad[at] ^= 1;
+        let name = part.file_name().unwrap().to_str().unwrap();
+        fs::write(&part, &bad).unwrap();
+        images.refused(&["oci"], &[name]);
+        fs::write(&part, &good[..good.len() - 1]).unwrap();
+        images.refused(&["oci"], &[name]);
+        fs::remove_file(&part).unwrap();
+        images.refused(&["oci"], &[name, "missing"]);
+        fs::write(&part, &good).unwrap();
+    }
+    // The layer is what the manifest says, and not what the configuration says.
+    let other = Tar::default().end();
+    let config = oci.config("amd64", &[&other]);
+    let manifest = oci.manifest(&config, &[oci.blob(&layer)]);
+    oci.index(&[manifest]);
+    images.refused(&["oci"], &[&Digest::of(&other).hex()]);
+    oci.index(&[oci.manifest(&config, &[])]);
+    images.refused(&["oci"], &["different numbers"]);
+}
+
+#[test]
+fn this_machines_image_is_taken() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let layer = Tar::default().file("f", b"ours").end();
+    let other = oci.image("arm64", &[&Tar::default().file("f", b"arm").end()]);
+    let platform = |mut descriptor: Value, architecture: &str| {
+        descriptor["platform"] = json!({ "os": "linux", "architecture": architecture });
+        descriptor
+    };
+    oci.index(std::slice::from_ref(&other));
+    images.refused(&["oci"], &["linux/arm64"]);
+    oci.index(&[platform(other.clone(), "arm64")]);
+    images.refused(&["oci"], &["none for linux/amd64"]);
+    let ours = oci.image("amd64", &[&layer]);
+    let list = json!({ "schemaVersion": 2, "manifests": [platform(other, "arm64"), platform(ours.clone(), "amd64")] });
+    let mut inner = oci.blob(list.to_string().as_bytes());
+    inner["mediaType"] = json!("application/vnd.oci.image.index.v1+json");
+    inner["annotations"] = json!({ "org.opencontainers.image.ref.name": "example.com/app:3" });
+    oci.index(&[inner]);
+    let imported = images.json(&["import", "oci", "--format", "json"]);
+    assert_eq!(imported[0]["digest"], ours["digest"]);
+    assert_eq!(imported[0]["names"], json!(["example.com/app:3"]));
+    // By digest, too.
+    let digest = ours["digest"].as_str().unwrap();
+    images.done(&["inspect", &format!("example.com/app@{digest}"), digest, &digest[7..15]]);
+    assert_fails(&images.run(&["inspect", "example.com/app:4"]), 1, &["no image", "example.com/app:4"]);
+    assert_fails(&images.run(&["inspect", "Not A Name"]), 1, &["no image"]);
+}
+
+#[test]
+fn an_older_docker_archive_is_read() {
+    let images = Images::new();
+    let layer = Tar::default().file("f", b"x").end();
+    let top = Tar::default().file("g", b"y").end();
+    let ids = [Digest::of(&layer), Digest::of(&top), Digest::of(&layer)];
+    let config =
+        json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": ids } });
+    let config = config.to_string();
+    let id = Digest::of(config.as_bytes());
+    let manifest = |tag: &str| json!([{ "Config": format!("{}.json", id.hex()), "RepoTags": [tag], "Layers": ["a/layer.tar", "b/layer.tar", "c/layer.tar"] }]);
+    // Layers that are the same are links.
+    let archive = |tag: &str| {
+        let tar = Tar::default()
+            .dir("a/")
+            .file("a/layer.tar", &layer)
+            .file("b/layer.tar", &top)
+            .link("c/layer.tar", "../a/layer.tar");
+        tar.file("x.json", b"{}")
+            .file(&format!("{}.json", id.hex()), config.as_bytes())
+            .file("manifest.json", manifest(tag).to_string().as_bytes())
+            .end()
+    };
+    // The first entry tells an image's archive: Docker's folders have names of 64 digits.
+    let named = |tar: Vec<u8>| [Tar::default().file("repositories", b"{}").0, tar].concat();
+    images.host.file("old.tar", &named(archive("app:1")));
+    images.host.file("old.tar.gz", &gzip(&named(archive("app:2"))));
+    let one = images.json(&["import", "old.tar", "--format", "json"]);
+    let two = images.json(&["import", "old.tar.gz", "--format", "json"]);
+    assert_eq!(one[0]["id"], json!(id));
+    assert_eq!(one[0]["digest"], two[0]["digest"]);
+    assert_eq!(images.json(&["ls", "--format", "json"])[0]["names"].as_array().unwrap().len(), 2);
+    images.host.file("bad.tar", &named(archive("not a name")));
+    assert_fails(&images.run(&["import", "bad.tar"]), 1, &["not a name"]);
+}
+
+#[test]
+fn names_move_and_images_go() {
+    let images = Images::new();
+    for name in ["one", "two"] {
+        images.host.file(&format!("{name}.tar"), &Tar::default().file("f", name.as_bytes()).end());
+        images.done(&["import", &format!("{name}.tar"), "--name", "app"]);
+    }
+    let list = images.json(&["ls", "--format", "json"]);
+    assert_eq!(
+        (&list[0]["names"], &list[1]["names"]),
+        (&json!([]), &json!(["docker.io/library/app:latest"]))
+    );
+    images.done(&["import", "two.tar", "--name", "app:2"]);
+    let id = list[1]["id"].as_str().unwrap().to_string();
+    assert_fails(&images.run(&["rm", &id[7..19]]), 1, &["several names"]);
+    assert_eq!(images.done(&["rm", "app:2"]), "Untagged: docker.io/library/app:2\n");
+    let pruned = images.json(&["prune", "--format", "json"]);
+    assert_eq!(pruned["images"].as_array().unwrap().len(), 1);
+    assert!(pruned["freed"].as_u64().unwrap() > 4096, "{pruned}");
+    // In use: as long as somebody has a lease.
+    let store = images.store();
+    let lease = store.lease(&store.find("app").unwrap().record).unwrap();
+    assert_fails(&images.run(&["rm", "app"]), 1, &["app:latest", "in use"]);
+    assert!(images.done(&["prune", "--all"]).contains("Freed: 0"));
+    drop(lease);
+    assert_fails(&images.run(&["rm", "missing"]), 1, &["missing"]);
+    assert!(images.done(&["rm", "app"]).contains("Deleted: "));
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn imports_at_once_are_one_image() {
+    let images = Images::new();
+    images.host.file("files.tar", &Tar::default().file("f", &vec![7; 3 << 20]).end());
+    let start =
+        |_| images.command(&["import", "files.tar", "--name", "app"]).stdout(Stdio::null()).spawn().unwrap();
+    let all: Vec<_> = (0..6).map(start).collect();
+    for mut import in all {
+        assert!(import.wait().unwrap().success());
+    }
+    assert_eq!(images.json(&["ls", "--format", "json"]).as_array().unwrap().len(), 1);
+    images.done(&["rm", "app"]);
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_killed_import_leaves_nothing_half() {
+    let images = Images::new();
+    images.host.file("files.tar", &Tar::default().file("f", &vec![7; 6 << 20]).end());
+    for _ in 0..10 {
+        let mut import =
+            images.command(&["import", "files.tar", "--name", "app"]).stdout(Stdio::null()).spawn().unwrap();
+        // Whenever it has come so far: another place each time on a busy machine.
+        while fs::read_dir(images.path("data/images/tmp")).map_or(true, |mut dir| dir.next().is_none()) {
+            if import.try_wait().unwrap().is_some() {
+                break;
+            }
+        }
+        import.kill().unwrap();
+        import.wait().unwrap();
+        // Either whole or not there.
+        let list = images.json(&["ls", "--format", "json"]);
+        assert!(list.as_array().unwrap().iter().all(|image| image["layers"] == 1), "{list}");
+    }
+    images.done(&["import", "files.tar", "--name", "app"]);
+    images.done(&["inspect", "app"]);
+    images.done(&["rm", "app"]);
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
+}
+
+/// No file may have more than 1 MiB: as a disk that is full then.
+fn small_files() -> i32 {
+    let limit = libc::rlimit { rlim_cur: 1 << 20, rlim_max: 1 << 20 };
+    // SAFETY: the structure is whole.
+    unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) }
+}
+
+#[test]
+fn a_disk_that_is_full_registers_nothing() {
+    let images = Images::new();
+    images.host.file("files.tar", &Tar::default().file("f", &vec![7; 3 << 20]).end());
+    let mut import = images.command(&["import", "files.tar", "--name", "app"]);
+    let output = in_child(&mut import, small_files).output().unwrap();
+    assert_fails(&output, 1, &["files.tar", "File too large"]);
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
+    images.done(&["import", "files.tar", "--name", "app"]);
+    let mut export = images.command(&["export", "app", "-o", "out.tar"]);
+    let output = in_child(&mut export, small_files).output().unwrap();
+    assert_fails(&output, 1, &["--output out.tar", "File too large"]);
+    assert!(!images.host.files().iter().any(|path| path.to_string_lossy().contains("out.tar")));
+}
+
+#[test]
+fn a_store_that_is_not_ours_is_refused() {
+    let images = Images::new();
+    fs::create_dir_all(images.path("data/images")).unwrap();
+    fs::set_permissions(images.path("data/images"), fs::Permissions::from_mode(0o777)).unwrap();
+    assert_fails(&images.run(&["ls"]), 1, &["own folder", "MICROVM_DATA"]);
+    let mut nowhere = images.command(&["ls"]);
+    for variable in ["MICROVM_DATA", "XDG_DATA_HOME", "HOME"] {
+        nowhere.env_remove(variable);
+    }
+    assert_fails(&nowhere.output().unwrap(), 1, &["MICROVM_DATA"]);
+}
+
+/// Runs a tool that `scripts/test` has installed.
+#[track_caller]
+fn tool(images: &Images, line: &str) -> String {
+    let mut command = Command::new("sh");
+    command.args(["-euc", line]).current_dir(images.host.dir.path());
+    let output = command.env("MICROVM_DATA", images.path("data")).output().unwrap();
+    assert!(output.status.success(), "{line}: {}{}", stdout(&output), common::stderr(&output));
+    stdout(&output)
+}
+
+/// An image of three layers by umoci: as much of what a layer can hold as this user may make.
+fn by_umoci(images: &Images) {
+    tool(images, include_str!("host/image.sh"));
+}
+
+#[test]
+fn what_skopeo_writes_is_one_image_however_it_comes() {
+    let images = Images::new();
+    by_umoci(&images);
+    tool(&images, "skopeo copy -q oci:oci:app oci-archive:oci.tar:example.com/app:1");
+    tool(&images, "skopeo copy -q oci:oci:app docker-archive:docker.tar:example.com/app:2");
+    let layout = images.json(&["import", "oci", "--name", "app", "--format", "json"]);
+    let archive = images.json(&["import", "oci.tar", "--format", "json"]);
+    let docker = images.json(&["import", "docker.tar", "--format", "json"]);
+    assert_eq!(layout[0]["digest"], archive[0]["digest"]);
+    assert_eq!(archive[0]["names"], json!(["example.com/app:1"]));
+    assert_eq!(docker[0]["names"], json!(["example.com/app:2"]));
+    // Docker's archive has plain layers: their file systems are there already.
+    let layers = images.files().iter().filter(|f| f.extension().is_some_and(|e| e == "erofs")).count();
+    assert_eq!(layers, 3);
+    // And out again.
+    images.done(&["export", "app", "-o", "out.tar"]);
+    let inspected: Value = serde_json::from_str(&tool(
+        &images,
+        "skopeo inspect oci-archive:out.tar:docker.io/library/app:latest",
+    ))
+    .unwrap();
+    assert_eq!(inspected["Digest"], layout[0]["digest"]);
+    tool(&images, "skopeo copy -q oci-archive:out.tar:docker.io/library/app:latest dir:out");
+    images.done(&["rm", "app"]);
+    images.done(&["prune", "--all"]);
+    assert_eq!(images.json(&["import", "out.tar", "--format", "json"])[0]["digest"], layout[0]["digest"]);
+}
+
+#[test]
+fn layers_are_sound_file_systems() {
+    let images = Images::new();
+    by_umoci(&images);
+    images.done(&["import", "oci", "--name", "app"]);
+    let image = images.json(&["inspect", "app"]);
+    for layer in image[0]["layers"].as_array().unwrap() {
+        tool(&images, &format!("fsck.erofs {}", layer["path"]));
+    }
+}
+
+/// Mounts an image's layers as `stacked` and runs a script beside it. False: it needs root, and a kernel with EROFS and
+/// overlayfs.
+fn with_stacked(images: &Images, name: &str, script: &str) -> bool {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root || !["erofs", "overlay"].iter().all(|name| known.contains(name)) {
+        eprintln!("left out: it needs root, and a kernel with erofs and overlay");
+        return false;
+    }
+    let image = images.json(&["inspect", name]);
+    let layers = image[0]["layers"].as_array().unwrap();
+    let mut mounts = String::from("mkdir stacked\n");
+    for (i, layer) in layers.iter().enumerate() {
+        mounts += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
+    }
+    let stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
+    mounts += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));
+    fs::write(images.path("script.sh"), mounts + script).unwrap();
+    tool(images, "unshare -m sh -eu script.sh");
+    true
+}
+
+#[test]
+fn stacked_layers_are_what_umoci_unpacks() {
+    let images = Images::new();
+    by_umoci(&images);
+    images.done(&["import", "oci", "--name", "app"]);
+    let compare = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/compare_trees.py");
+    let unpack = "umoci unpack --image oci:app want >/dev/null";
+    with_stacked(&images, "app", &format!("{unpack}; python3 {compare} stacked want/rootfs 500"));
+}
+
+/// A pax record of one extended attribute.
+fn xattr(tar: Tar, name: &str, value: &str) -> Tar {
+    let record = format!(" SCHILY.xattr.{name}={value}\n");
+    tar.entry(EntryType::XHeader, "x", "", format!("{}{record}", record.len() + 2).as_bytes())
+}
+
+#[test]
+fn whiteouts_hide_what_is_below_and_nothing_else() {
+    let images = Images::new();
+    let below =
+        Tar::default().dir("a").dir("a/b").file("a/b/old", b"").dir("c").file("c/old", b"").file("d", b"");
+    let below = below.dir("e").file("e/old", b"").dir("f").file("f/old", b"").dir("g").file("g/old", b"");
+    // Opaque before and behind what is in it; a whiteout before and behind what takes its name.
+    let top = Tar::default().file("a/b/.wh..wh..opq", b"").file("a/b/new", b"").dir("c").file("c/new", b"");
+    let top =
+        top.file("c/.wh..wh..opq", b"").file(".wh.d", b"").file("d", b"new").file(".wh.e", b"").dir("e");
+    let top = top.dir("f").file(".wh.f", b"").file("f/new", b"").file(".wh..wh.plnk", b"");
+    // What the archive says of overlayfs is not believed, nor is an attribute that Linux does not have.
+    let top = xattr(top, "trusted.overlay.opaque", "y").dir("g");
+    let top = xattr(top, "strange.name", "y").file("g/new", b"");
+    let oci = Oci::new(images.path("oci"));
+    oci.index(&[oci.image("amd64", &[&below.end(), &top.end()])]);
+    images.done(&["import", "oci", "--name", "app"]);
+    let want = "./a ./a/b ./a/b/new ./c ./c/new ./d ./e ./f ./f/new ./g ./g/new ./g/old";
+    let check = format!(
+        "cd stacked; found=$(find . -mindepth 1 | sort | xargs); [ \"$found\" = '{want}' ] || {{ echo $found; exit 1; }}\n\
+         [ $(cat d) = new ]; owner=$(stat -c %u:%g:%a:%Y a); [ $owner = 5:6:750:7 ] || {{ echo $owner; exit 1; }}"
+    );
+    with_stacked(&images, "app", &check);
+}
+
+#[test]
+fn lists_of_lists_have_an_end() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let mut entry = json!({ "digest": Digest::of(b""), "size": 0, "platform": { "os": "linux", "architecture": "arm64" } });
+    for _ in 0..4 {
+        let list = json!({ "schemaVersion": 2, "manifests": vec![entry; 500] });
+        entry = oci.blob(list.to_string().as_bytes());
+        entry["mediaType"] = json!("application/vnd.oci.image.index.v1+json");
+    }
+    oci.index(&[entry]);
+    images.refused(&["oci"], &["none for linux/amd64"]);
+    oci.index(&[oci.manifest(&oci.config("amd64", &[]), &vec![oci.blob(b""); 501])]);
+    images.refused(&["oci"], &["more than 500 layers"]);
+    images.host.file("oci/index.json", b"{}");
+    images.refused(&["oci"], &["index.json", "missing field"]);
+    images.host.file("oci/index.json", &vec![b' '; 5 << 20]);
+    images.refused(&["oci"], &["index.json", "more than"]);
+}
