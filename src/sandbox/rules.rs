@@ -66,7 +66,6 @@ const KVM_RUN: (&str, u32) = ("KVM_RUN", 0xae80);
 const KVM_KVMCLOCK_CTRL: (&str, u32) = ("KVM_KVMCLOCK_CTRL", 0xaead);
 const KVM_GET_REGS: (&str, u32) = ("KVM_GET_REGS", 0x8090_ae81);
 const KVM_TRANSLATE: (&str, u32) = ("KVM_TRANSLATE", 0xc018_ae85);
-const KVM_IRQ_LINE: (&str, u32) = ("KVM_IRQ_LINE", 0x4008_ae61);
 const TUNSETOFFLOAD: (&str, u32) = ("TUNSETOFFLOAD", 0x4004_54d0);
 const TUNSETQUEUE: (&str, u32) = ("TUNSETQUEUE", 0x4004_54d9);
 const VHOST_SET_FEATURES: (&str, u32) = ("VHOST_SET_FEATURES", 0x4008_af00);
@@ -161,7 +160,6 @@ pub(super) const VMM: &[Rule] = &[
             1,
             "request",
             &[
-                KVM_IRQ_LINE,
                 TCSETS,
                 TCSETS2,
                 TIOCGWINSZ,
@@ -178,7 +176,7 @@ pub(super) const VMM: &[Rule] = &[
                 VHOST_NET_SET_BACKEND,
             ],
         )],
-        "the terminal as it was, and its size; devices' interrupts; a tap's offloads and queues; sockets that do not block; a vhost-net's rings, \
+        "the terminal as it was, and its size; a tap's offloads and queues; sockets that do not block; a vhost-net's rings, \
          but never its memory: a VM without vhost has no descriptor that takes these",
     ),
     allow_if(libc::SYS_clone, &[Check::Is(0, "flags", &[THREAD])], "threads of devices; never a process"),
@@ -258,8 +256,8 @@ const VSOCK_WORKER: &[Rule] = &[
     allow(libc::SYS_timerfd_settime, "the time limits of connections"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[KVM_IRQ_LINE, TCSETS, TCSETS2])],
-        "the device's interrupt; a panic gives the terminal back",
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];
@@ -300,8 +298,8 @@ const WORKER: &[Rule] = &[
     allow(libc::SYS_epoll_ctl, "a worker's descriptors come and go"),
     allow_if(
         libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[KVM_IRQ_LINE, TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
-        "a device's interrupt; a tap's offloads, and which of its queues the guest uses; sockets that do not block; a panic gives the terminal back",
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, FIONBIO])],
+        "a tap's offloads, and which of its queues the guest uses; sockets that do not block; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
 ];
@@ -315,17 +313,9 @@ const VHOST: &[Rule] = &[
         &[Check::Is(
             1,
             "request",
-            &[
-                KVM_IRQ_LINE,
-                TCSETS,
-                TCSETS2,
-                TUNSETOFFLOAD,
-                TUNSETQUEUE,
-                VHOST_NET_SET_BACKEND,
-                VHOST_GET_VRING_BASE,
-            ],
+            &[TCSETS, TCSETS2, TUNSETOFFLOAD, TUNSETQUEUE, VHOST_NET_SET_BACKEND, VHOST_GET_VRING_BASE],
         )],
-        "the device's interrupt; the kernel's worker stops for a pause or a reset, and goes on; a tap's offloads, and which of its queues the guest \
+        "the kernel's worker stops for a pause or a reset, and goes on; a tap's offloads, and which of its queues the guest \
          uses; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,

@@ -1,11 +1,8 @@
 //! The virtual machine as KVM has it: capabilities, memory slots, the interrupt controllers, event descriptors.
 
 pub mod host;
-mod irq_line;
 mod kvm;
 mod memory;
-
-use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -18,7 +15,6 @@ use crate::sandbox::Kept;
 use crate::sys::background_close::BackgroundClose;
 use crate::sys::event::new_event;
 
-pub use irq_line::IrqLine;
 pub use kvm::{HostKvm, OpenKvmError};
 pub use memory::{LoadError, Loaded, Memory, MemoryError};
 
@@ -38,7 +34,7 @@ pub(crate) fn kvm_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Kvm
 
 /// A VM with its in-kernel interrupt controllers.
 pub struct Vm {
-    fd: Arc<VmFd>,
+    fd: VmFd,
     /// Declared, and so dropped, after the descriptor itself.
     end: Option<BackgroundClose>,
 }
@@ -63,7 +59,7 @@ impl Vm {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(config).map_err(kvm_error("make the i8254 timer"))?;
         }
-        Ok(Self { fd: Arc::new(fd), end: None })
+        Ok(Self { fd, end: None })
     }
 
     /// Has the kernel close the VM in the background. KVM takes a VM down in what waits for several grace periods of
@@ -98,7 +94,7 @@ impl Vm {
 
     /// Puts its descriptor on the list of those that stay open.
     pub fn keep(&self, kept: &mut Kept) {
-        kept.add("the VM", &*self.fd);
+        kept.add("the VM", &self.fd);
         if let Some(end) = &self.end {
             kept.add("the VM's end", end);
         }
@@ -121,12 +117,6 @@ impl Vm {
         let event = event_for(what)?;
         self.fd.register_irqfd(&event, gsi).map_err(kvm_error(what))?;
         Ok(event)
-    }
-
-    /// Interrupt `gsi`, to be raised by threads that may do so themselves.
-    #[must_use]
-    pub fn irq_line(&self, gsi: u32) -> IrqLine {
-        IrqLine::new(Arc::downgrade(&self.fd), gsi)
     }
 
     /// An event descriptor (ioeventfd) that KVM itself signals when the guest writes to `address`; with `value`, only

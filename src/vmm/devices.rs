@@ -167,7 +167,7 @@ impl Devices {
             device.keep(kept);
             let parts = TransportParts {
                 notify,
-                interrupt: Arc::new(Interrupt::new(line).with_direct(vm.irq_line(slot.gsi))),
+                interrupt: Arc::new(Interrupt::new(line)),
                 memory: memory.clone(),
                 vmm: vmm.clone(),
                 device,

@@ -5,8 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::vm::IrqLine;
-
 /// `InterruptStatus` bit: a used buffer.
 const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit: a configuration change.
@@ -22,8 +20,6 @@ const COMPLAINTS: u32 = 8;
 /// A device's interrupt. Shared by the device's threads and its transport.
 pub struct Interrupt {
     line: EventFd,
-    /// For the workers: other threads are confined to signalling `line`.
-    direct: Option<IrqLine>,
     status: AtomicU32,
     generation: Mutex<u32>,
     needs_reset: AtomicBool,
@@ -39,7 +35,6 @@ impl Interrupt {
     pub fn new(line: EventFd) -> Self {
         Self {
             line,
-            direct: None,
             status: AtomicU32::new(0),
             generation: Mutex::new(0),
             needs_reset: AtomicBool::new(false),
@@ -48,17 +43,9 @@ impl Interrupt {
         }
     }
 
-    /// Lets the device's workers raise it themselves, by `line`.
-    #[must_use]
-    pub fn with_direct(self, line: IrqLine) -> Self {
-        Self { direct: Some(line), ..self }
-    }
-
-    /// The device has used buffers, and the driver wants to know. For a device's worker, which may drive the line.
+    /// The device has used buffers, and the driver wants to know.
     pub fn used_buffer(&self) {
-        if self.is_news(USED_BUFFER) && !self.direct.as_ref().is_some_and(IrqLine::pulse) {
-            self.signal();
-        }
+        self.raise(USED_BUFFER);
     }
 
     /// Lets the kernel raise the interrupt for used buffers, without a thread of ours between. It notes no reason, so until
@@ -138,20 +125,13 @@ impl Interrupt {
     }
 
     fn raise(&self, bit: u32) {
-        if self.is_news(bit) {
-            self.signal();
-        }
-    }
-
-    /// Sets a bit of the status. Whether the line must be signalled for it.
-    fn is_news(&self, bit: u32) -> bool {
         // The status before the line: the guest's handler reads it at once. Until it has, it looks at the queues afterwards
-        // and finds what was published before this: another signal would tell it nothing new.
+        // and finds what was published before this: KVM takes each signal of the line in a thread of its own, so one
+        // that tells nothing new costs two switches of threads, and often an interrupt.
         let unread = bit << UNREAD;
-        self.status.fetch_or(bit | unread, Ordering::SeqCst) & unread == 0
-    }
-
-    fn signal(&self) {
+        if self.status.fetch_or(bit | unread, Ordering::SeqCst) & unread != 0 {
+            return;
+        }
         // Full only after 2⁶⁴ - 2 interrupts that KVM did not take.
         let _ = self.line.write(1);
     }
