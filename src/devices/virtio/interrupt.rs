@@ -9,9 +9,6 @@ use vmm_sys_util::eventfd::EventFd;
 const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit: a configuration change.
 const CONFIG_CHANGE: u32 = 2;
-/// How far above a bit of `InterruptStatus` stands that the driver has not read it since the line was last signalled.
-const UNREAD: u32 = 16;
-const STATUS: u32 = (1 << UNREAD) - 1;
 
 /// Lines in the log that a device's drivers get for what they do wrong. Each reset lets a driver go wrong anew, so that
 /// one line each would be as many as the guest likes.
@@ -96,16 +93,13 @@ impl Interrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// What the driver reads. From now on, news is signalled again: a driver that acknowledges only when it has looked at
-    /// its queues, as the text of `InterruptACK` has it (§4.2.2), would miss what comes in between.
     pub(super) fn status(&self) -> u32 {
         let shared = if self.is_shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
-        self.status.fetch_and(STATUS, Ordering::SeqCst) & STATUS | shared
+        self.status.load(Ordering::SeqCst) | shared
     }
 
     pub(super) fn acknowledge(&self, bits: u32) {
-        let bits = bits & STATUS;
-        self.status.fetch_and(!(bits | bits << UNREAD), Ordering::SeqCst);
+        self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
     /// The configuration's generation. The register has 32 bits, of which the transport may show fewer.
@@ -125,13 +119,8 @@ impl Interrupt {
     }
 
     fn raise(&self, bit: u32) {
-        // The status before the line: the guest's handler reads it at once. Until it has, it looks at the queues afterwards
-        // and finds what was published before this: KVM takes each signal of the line in a thread of its own, so one
-        // that tells nothing new costs two switches of threads, and often an interrupt.
-        let unread = bit << UNREAD;
-        if self.status.fetch_or(bit | unread, Ordering::SeqCst) & unread != 0 {
-            return;
-        }
+        // The status before the line: the guest's handler reads it at once.
+        self.status.fetch_or(bit, Ordering::SeqCst);
         // Full only after 2⁶⁴ - 2 interrupts that KVM did not take.
         let _ = self.line.write(1);
     }
@@ -153,34 +142,5 @@ mod tests {
         assert_eq!(interrupt.status(), USED_BUFFER, "the next one may be there already");
         interrupt.reset();
         assert_eq!(interrupt.status(), 0);
-    }
-
-    #[test]
-    fn the_line_is_signalled_once_until_the_driver_looks() {
-        let line = new_event().unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
-        let signals = || line.read().unwrap_or(0);
-        interrupt.used_buffer();
-        interrupt.used_buffer();
-        assert_eq!(signals(), 1);
-        interrupt.config_changed();
-        assert_eq!(signals(), 1, "other news");
-        assert_eq!(interrupt.status(), USED_BUFFER | CONFIG_CHANGE);
-        // Between its look at the status and its acknowledgement.
-        interrupt.used_buffer();
-        assert_eq!(signals(), 1);
-        interrupt.acknowledge(USED_BUFFER);
-        assert_eq!(interrupt.status(), CONFIG_CHANGE);
-        interrupt.used_buffer();
-        interrupt.used_buffer();
-        assert_eq!(signals(), 1);
-        // Without having looked.
-        interrupt.acknowledge(u32::MAX);
-        interrupt.used_buffer();
-        assert_eq!(signals(), 1);
-        interrupt.reset();
-        assert_eq!(interrupt.status(), 0);
-        interrupt.used_buffer();
-        assert_eq!(signals(), 1);
     }
 }
