@@ -85,7 +85,9 @@ impl Job {
         match (self.device, vmm) {
             (Device::Block, Vmm::Floor) => format!("blk {} {command} {operations}", &DISK["/dev/".len()..]),
             (Device::Block, _) => format!("blk vda {command} {operations}"),
-            (Device::Net | Device::NetVhost, _) => format!("{command} {}:{TCP_PORT} {operations}", address(vmm)),
+            (Device::Net | Device::NetVhost, _) => {
+                format!("{command} {}:{TCP_PORT} {operations}", address(vmm))
+            }
             (Device::Vsock, Vmm::Floor) => format!("unix-echo {VSOCK_SOCKET}_{VSOCK_PORT} {operations}"),
             (Device::Vsock, _) => format!("{command} {VSOCK_PORT} {operations}"),
         }
