@@ -12,7 +12,6 @@ mod export;
 mod import;
 mod layer;
 mod manifest;
-mod place;
 mod record;
 mod reference;
 mod remove;

@@ -21,6 +21,8 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
+use crate::sys::data::data_folder;
+
 use super::digest::Digest;
 use super::error::ImageError;
 
@@ -40,7 +42,7 @@ impl Store {
     /// # Errors
     /// There is no place for it, or it cannot be made.
     pub fn open() -> Result<Self, ImageError> {
-        Self::at(super::place::folder()?)
+        Self::at(data_folder().ok_or(ImageError::NoPlace)?.join("images"))
     }
 
     /// Opens the store in a folder, and makes it where there is none.

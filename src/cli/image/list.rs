@@ -79,15 +79,7 @@ fn table(images: &[Named], out: &mut dyn Write) -> io::Result<()> {
         let nameless = image.names.is_empty().then(|| row("<none>", image));
         nameless.into_iter().chain(image.names.iter().map(move |name| row(name, image)))
     });
-    let rows: Vec<[String; 5]> = std::iter::once(head).chain(rows).collect();
-    for row in &rows {
-        let cells = row.iter().enumerate().map(|(i, cell)| {
-            let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
-            format!("{cell:<width$}")
-        });
-        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
-    }
-    Ok(())
+    super::super::table::write(std::iter::once(head).chain(rows), out)
 }
 
 pub(super) fn inspect(store: &Store, args: &InspectArgs) -> Result<(), CliError> {
