@@ -156,7 +156,7 @@ fn container_programs_end_as_dockers_do() {
         (&["nothing"][..], "", 127, "nothing"),
         (&["/etc/passwd"], "", 126, "/etc/passwd"),
         (&["sh", "-c", "exit 3"], "nobody", 127, "\"nobody\""),
-        (&["sh", "-c", "kill -9 $$"], "", 127, ""),
+        (&["sh", "-c", "kill -9 $$"], "", 137, ""),
         (&["sh", "-c", "busybox touch /x && exit 5"], "", 5, ""),
     ] {
         let output = image.run(tuned, |spec| {
