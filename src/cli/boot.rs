@@ -227,10 +227,9 @@ pub(super) fn parse_timeout(text: &str) -> Result<Duration, String> {
 
 /// Boots, and says how it ended.
 pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
-    let format = args.timeline;
     let print = args.print_config;
     let launch = Launch {
-        timeline: format,
+        timeline: args.timeline,
         kvm_device: args.kvm_device.clone(),
         metrics: args.metrics.clone(),
         until_built: None,

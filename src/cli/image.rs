@@ -7,7 +7,7 @@ mod remove;
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
 use crate::image::{Store, export};
 
@@ -53,13 +53,6 @@ enum Command {
     Prune(remove::PruneArgs),
     /// Write an image as an OCI archive
     Export(ExportArgs),
-}
-
-/// How something is printed.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 const EXPORT_HELP: &str = "Examples:

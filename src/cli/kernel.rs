@@ -3,12 +3,13 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
 use crate::config::Size;
 use crate::kernels::{Kernel, KernelStore};
 
 use super::CliError;
+use super::table::{self, Format};
 
 const AFTER_HELP: &str =
     "Kernels are kept in $MICROVM_DATA, else in $XDG_DATA_HOME/microvm or ~/.local/share/microvm.
@@ -71,12 +72,6 @@ enum KernelCommand {
     },
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
-}
-
 pub(super) fn run(args: &KernelArgs) -> Result<u8, CliError> {
     let store = KernelStore::of_user()?;
     let mut out = io::stdout().lock();
@@ -118,5 +113,5 @@ fn write_table(kernels: &[Kernel], out: &mut dyn Write) -> io::Result<()> {
         [k.name.clone(), k.format.into(), size, initrd.into(), default.into()]
     };
     let head = ["NAME", "FORMAT", "SIZE", "MODULES", "DEFAULT"].map(String::from);
-    super::table::write(std::iter::once(head).chain(kernels.iter().map(row)), out)
+    table::write(std::iter::once(head).chain(kernels.iter().map(row)), out)
 }

@@ -2,13 +2,14 @@
 
 use std::io::{self, Write};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
 use crate::config::Size;
 use crate::control::{self, Client, ClientError};
 
 use super::CliError;
+use super::table::{self, Format};
 
 const AFTER_HELP: &str =
     "States: running, pausing, paused, stopped; with --all also dead (its process was killed) and \
@@ -38,12 +39,6 @@ pub struct PsArgs {
     /// How the list is written
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: Format,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 pub(super) fn run(args: &PsArgs) -> Result<u8, CliError> {
@@ -93,7 +88,7 @@ fn write_table(vms: &[Value], out: &mut dyn Write) -> io::Result<()> {
         [field("name"), field("pid"), field("state"), field("cpus"), memory, uptime, field("kernel")]
     };
     let head = ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME", "KERNEL"].map(String::from);
-    super::table::write(std::iter::once(head).chain(vms.iter().map(row)), out)
+    table::write(std::iter::once(head).chain(vms.iter().map(row)), out)
 }
 
 /// To the second: less is noise in a list.

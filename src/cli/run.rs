@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::config::{MemoryConfig, is_name};
 use crate::container::{Changes, Machine, Wanted};
+use crate::control;
 use crate::metrics::Clock;
 
 use super::boot::{Format, Launch, parse_timeout};
@@ -105,8 +106,7 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     if args.tty && !io::stdin().is_terminal() {
         return Err(CliError::Usage("-t: standard input is no terminal: leave the flag out".into()));
     }
-    let name = args.name.unwrap_or_else(|| format!("vm-{}", std::process::id()));
-    let hostname = args.hostname.unwrap_or_else(|| name.clone());
+    let hostname = args.hostname.or_else(|| args.name.clone()).unwrap_or_else(control::default_name);
     if !is_name(&hostname) {
         return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
     }
@@ -124,14 +124,12 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
         read_only: args.read_only,
         kernel: args.kernel,
     };
-    let mut machine = Machine::of(&wanted)?;
-    let config = &mut machine.config;
-    config.name = Some(name);
+    let Machine { mut config, lease, initramfs } = Machine::of(&wanted)?;
+    config.name = args.name;
     config.cpus = args.cpus.unwrap_or(config.cpus);
-    config.memory = args.memory.unwrap_or_else(|| config.memory.clone());
+    config.memory = args.memory.unwrap_or(config.memory);
     config.timeout = args.timeout;
     config.allow_software_kvm = args.allow_software_kvm;
-    let Machine { config, lease, initramfs } = machine;
     let launch = Launch {
         timeline: args.timeline,
         kvm_device: PathBuf::from("/dev/kvm"),

@@ -2,6 +2,15 @@
 
 use std::io::{self, Write};
 
+use clap::ValueEnum;
+
+/// How a list is written.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    Table,
+    Json,
+}
+
 /// Writes rows, the head among them, in columns as wide as their widest cell.
 pub(super) fn write<const N: usize>(
     rows: impl Iterator<Item = [String; N]>,

@@ -236,7 +236,9 @@ pub fn names() -> Result<Vec<String>, PlaceError> {
     Ok(names)
 }
 
-fn default_name() -> String {
+/// What a VM is called where its user does not say; a second one of a process gets a number behind it.
+#[must_use]
+pub fn default_name() -> String {
     format!("vm-{}", std::process::id())
 }
 

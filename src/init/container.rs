@@ -8,6 +8,7 @@ use std::process::{Child, Command};
 
 use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH};
 use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::rootfs::{self, Overlay};
 use super::users::{self, User};
@@ -67,26 +68,21 @@ pub fn start(process: &ProcessSpec) -> io::Result<Child> {
     command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
     command.current_dir(&process.cwd);
     let terminal = process.terminal;
+    let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
     // SAFETY: between fork and exec only system calls are made, and nothing is allocated.
-    unsafe { command.pre_exec(move || become_user(&user, terminal)) };
+    unsafe { command.pre_exec(move || become_user(&user, &groups, terminal)) };
     command.spawn()
 }
 
-fn become_user(user: &User, terminal: bool) -> io::Result<()> {
+fn become_user(user: &User, groups: &[Gid], terminal: bool) -> io::Result<()> {
     rustix::process::setsid()?;
     if terminal {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
     }
     // While it still may: groups, group, user. libc's functions would wake threads that a forked child has not.
-    let groups = user.groups.as_slice();
-    // SAFETY: Linux reads as many group ids as it is told there are.
-    check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    set_thread_groups(groups)?;
     let (gid, uid) = (Gid::from_raw(user.gid), Uid::from_raw(user.uid));
-    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
     Ok(())
-}
-
-fn check(result: libc::c_long) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -6,9 +6,10 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use microvm::guest::NetworkSpec;
+use microvm::sys::interface::{check, request, with_flags};
 
-const CARD: &[u8] = b"eth0";
-const LOOPBACK: &[u8] = b"lo";
+const CARD: &str = "eth0";
+const LOOPBACK: &str = "lo";
 
 /// Brings the loopback interface up, and the card where there is one.
 pub fn set_up(network: Option<&NetworkSpec>) -> io::Result<()> {
@@ -16,17 +17,19 @@ pub fn set_up(network: Option<&NetworkSpec>) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     bring_up(&socket, LOOPBACK)?;
     let Some(network) = network else { return Ok(()) };
-    let address = request(CARD, |r| r.ifr_ifru.ifru_addr = socket_address(network.address));
-    call(&socket, libc::SIOCSIFADDR, &address)?;
-    let mask = request(CARD, |r| r.ifr_ifru.ifru_netmask = socket_address(mask(network.prefix)));
-    call(&socket, libc::SIOCSIFNETMASK, &mask)?;
+    call(&socket, libc::SIOCSIFADDR, &request(CARD, with_address(network.address))?)?;
+    // The kernel's field of the mask is that of the address.
+    call(&socket, libc::SIOCSIFNETMASK, &request(CARD, with_address(mask(network.prefix)))?)?;
     bring_up(&socket, CARD)?;
     network.gateway.map_or(Ok(()), |gateway| add_default_route(&socket, gateway))
 }
 
-fn bring_up(socket: &UdpSocket, name: &[u8]) -> io::Result<()> {
-    let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    call(socket, libc::SIOCSIFFLAGS, &request(name, |r| r.ifr_ifru.ifru_flags = flags))
+fn bring_up(socket: &UdpSocket, name: &str) -> io::Result<()> {
+    call(socket, libc::SIOCSIFFLAGS, &request(name, with_flags(libc::IFF_UP | libc::IFF_RUNNING))?)
+}
+
+fn with_address(address: Ipv4Addr) -> libc::__c_anonymous_ifr_ifru {
+    libc::__c_anonymous_ifr_ifru { ifru_addr: socket_address(address) }
 }
 
 fn add_default_route(socket: &UdpSocket, gateway: Ipv4Addr) -> io::Result<()> {
@@ -52,20 +55,9 @@ fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
     libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data: data }
 }
 
-fn request(name: &[u8], fill: impl FnOnce(&mut libc::ifreq)) -> libc::ifreq {
-    // SAFETY: a plain structure of numbers and pointers, all of which may be zero.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(name) {
-        *place = *byte as libc::c_char;
-    }
-    fill(&mut request);
-    request
-}
-
 fn call<T>(socket: &UdpSocket, number: libc::Ioctl, request: &T) -> io::Result<()> {
     // SAFETY: each caller passes the structure that its request reads, and none of these requests writes.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw const *request) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw const *request) })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ pub mod data;
 pub mod event;
 pub mod file_io;
 pub mod guest_iovec;
+pub mod interface;
 pub mod lock;
 pub mod mapping;
 pub mod program;

@@ -7,6 +7,8 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use super::interface::{check, request, with_flags};
+
 /// Where taps come from.
 pub const DEVICE: &str = "/dev/net/tun";
 
@@ -30,24 +32,6 @@ const GET_LINK: u32 = 0x0a;
 struct EthtoolValue {
     command: u32,
     value: u32,
-}
-
-/// A request about interface `name`.
-fn request(name: &str, what: libc::__c_anonymous_ifr_ifru) -> io::Result<libc::ifreq> {
-    let mut request = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: what };
-    // With a NUL behind it.
-    if name.len() >= request.ifr_name.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *place = byte as libc::c_char;
-    }
-    Ok(request)
-}
-
-fn with_flags(flags: libc::c_int) -> libc::__c_anonymous_ifr_ifru {
-    // The kernel's field is as wide as the flags of a tap.
-    libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short }
 }
 
 /// How many queues a tap was made for.
@@ -123,8 +107,4 @@ pub fn use_queue(device: BorrowedFd<'_>, on: bool) -> io::Result<()> {
 pub fn set_offloads(device: BorrowedFd<'_>, flags: libc::c_uint) -> io::Result<()> {
     // SAFETY: the argument is a number.
     check(unsafe { libc::ioctl(device.as_raw_fd(), SET_OFFLOAD, libc::c_ulong::from(flags)) })
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -227,7 +227,9 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
         manager.add_subscriber(Box::new(console.clone()));
         consoles.push(console);
     }
-    code.into_iter().for_each(Code::release);
+    if let Some(code) = code {
+        code.release();
+    }
     // Last of all: the threads above have narrower filters of their own, which this one would be added to.
     confined.confine_thread(vmm.kind)?;
 

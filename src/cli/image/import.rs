@@ -10,7 +10,7 @@ use crate::config::Size;
 use crate::image::{ImportOptions, Imported, Limits, Reference, Store, import};
 
 use super::super::CliError;
-use super::Format;
+use super::super::table::Format;
 use super::progress::Bar;
 
 const AFTER_HELP: &str =

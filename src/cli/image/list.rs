@@ -9,7 +9,7 @@ use crate::config::Size;
 use crate::image::{ImageError, Named, Store};
 
 use super::super::CliError;
-use super::Format;
+use super::super::table::{self, Format};
 
 const LIST_HELP: &str = "SIZE is that of the layers as file systems; images share layers.
 
@@ -48,7 +48,7 @@ pub(super) fn run(store: &Store, args: &ListArgs) -> Result<(), CliError> {
     match (args.quiet, args.format) {
         (true, _) => images.iter().try_for_each(|image| writeln!(out, "{}", image.record.config.short()))?,
         (_, Format::Json) => writeln!(out, "{}", Value::from(images.iter().map(line).collect::<Vec<_>>()))?,
-        _ => table(&images, &mut out)?,
+        _ => write_table(&images, &mut out)?,
     }
     Ok(())
 }
@@ -64,7 +64,7 @@ fn line(image: &Named) -> Value {
     })
 }
 
-fn table(images: &[Named], out: &mut dyn Write) -> io::Result<()> {
+fn write_table(images: &[Named], out: &mut dyn Write) -> io::Result<()> {
     let head = ["NAME", "ID", "CREATED", "LAYERS", "SIZE"].map(String::from);
     let row = |name: &str, image: &Named| {
         let record = &image.record;
@@ -79,7 +79,7 @@ fn table(images: &[Named], out: &mut dyn Write) -> io::Result<()> {
         let nameless = image.names.is_empty().then(|| row("<none>", image));
         nameless.into_iter().chain(image.names.iter().map(move |name| row(name, image)))
     });
-    super::super::table::write(std::iter::once(head).chain(rows), out)
+    table::write(std::iter::once(head).chain(rows), out)
 }
 
 pub(super) fn inspect(store: &Store, args: &InspectArgs) -> Result<(), CliError> {

@@ -8,8 +8,8 @@ use serde_json::json;
 use crate::config::Size;
 use crate::image::{self, Removed, Store};
 
+use super::super::table::Format;
 use super::super::{CliError, chain, say};
-use super::Format;
 
 const REMOVE_HELP: &str = "An image goes with its last name. One that a running VM uses stays.
 
