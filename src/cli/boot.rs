@@ -232,8 +232,7 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
         timeline: args.timeline,
         kvm_device: args.kvm_device.clone(),
         metrics: args.metrics.clone(),
-        until_built: None,
-        until_end: None,
+        prepare: None,
     };
     let config = into_config(args)?;
     if print {
@@ -245,7 +244,7 @@ pub(super) fn run(args: BootArgs, clock: Clock) -> Result<u8, CliError> {
         writeln!(io::stdout(), "{text}")?;
         return Ok(0);
     }
-    launch.run(&config, clock)
+    Ok(launch.run(&config, clock)?.exit_status())
 }
 
 /// What is no part of a VM's configuration.
@@ -253,16 +252,17 @@ pub(super) struct Launch {
     pub timeline: Option<Format>,
     pub kvm_device: PathBuf,
     pub metrics: Option<PathBuf>,
-    /// A file that the configuration names by its descriptor.
-    pub until_built: Option<File>,
-    /// A file that is to stay open as long as the VM runs, and what it is.
-    pub until_end: Option<(&'static str, File)>,
+    /// What is done to the VM when it is built.
+    pub prepare: Option<Prepare>,
 }
+
+/// Adds what is not in a VM's configuration.
+pub(super) type Prepare = Box<dyn FnOnce(&mut Vmm) -> Result<(), CliError>>;
 
 impl Launch {
     /// Builds the VM and runs it to its end.
-    pub(super) fn run(self, config: &VmConfig, clock: Clock) -> Result<u8, CliError> {
-        let Self { timeline: format, kvm_device, metrics: metrics_path, until_built, until_end } = self;
+    pub(super) fn run(self, config: &VmConfig, clock: Clock) -> Result<End, CliError> {
+        let Self { timeline: format, kvm_device, metrics: metrics_path, prepare } = self;
         let timeline = Arc::new(Timeline::new(clock, format.is_some()));
         timeline.mark(Phase::Start);
         config.validate().map_err(vmm::BuildError::from)?;
@@ -270,9 +270,8 @@ impl Launch {
         let mut metrics_file = metrics_path.as_deref().map(|p| create_metrics(p, config)).transpose()?;
         let metrics = Arc::new(Registry::new(metrics_file.is_some()));
         let mut vmm = vmm::build(config, &kvm_device, timeline.clone(), metrics)?;
-        drop(until_built);
-        if let Some((what, file)) = &until_end {
-            vmm.keep(what, file);
+        if let Some(prepare) = prepare {
+            prepare(&mut vmm)?;
         }
         if let Some(control) = prepare_control(place, config, &vmm)? {
             vmm.add_service(Box::new(control));
@@ -297,7 +296,7 @@ impl Launch {
             // The guest's status matters more than a standard error that cannot be written.
             let _ = write_timeline(&timeline, format, &mut io::stderr().lock());
         }
-        Ok(end.exit_status())
+        Ok(end)
     }
 }
 

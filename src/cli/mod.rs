@@ -2,6 +2,7 @@
 
 mod boot;
 mod completions;
+mod container;
 mod ctl;
 mod doctor;
 mod image;
@@ -25,6 +26,8 @@ use crate::kernels::KernelError;
 use crate::logger;
 use crate::metrics::Clock;
 use crate::vmm::{BuildError, RunError};
+
+use container::{cp, exec, inspect, logs, rm, stats, stop, wait};
 
 /// A small virtual machine monitor for KVM.
 #[derive(Parser)]
@@ -54,8 +57,28 @@ enum Command {
     Boot(Box<boot::BootArgs>),
     /// Run a container image in a virtual machine of its own
     Run(Box<run::RunArgs>),
-    /// List this user's virtual machines
+    /// List this user's virtual machines and containers
     Ps(ps::PsArgs),
+    /// Run another program in a running container
+    Exec(Box<exec::ExecArgs>),
+    /// Print what a container's program has printed
+    Logs(logs::LogsArgs),
+    /// Ask containers' programs to end, and end their VMs
+    Stop(stop::StopArgs),
+    /// Send containers' programs a signal
+    Kill(stop::KillArgs),
+    /// Wait until containers end, and print their exit status
+    Wait(wait::WaitArgs),
+    /// Remove containers that have ended
+    Rm(rm::RmArgs),
+    /// Remove all containers that have ended
+    Prune(rm::PruneArgs),
+    /// Tell all of containers, as JSON
+    Inspect(inspect::InspectArgs),
+    /// Show what running VMs use
+    Stats(stats::StatsArgs),
+    /// Copy files and folders to or from a running container
+    Cp(cp::CpArgs),
     /// Control a running virtual machine: state, pause, resume, stop, metrics, devices
     Ctl(ctl::CtlArgs),
     /// Keep guest kernels: import, ls, default, rm
@@ -127,6 +150,27 @@ pub enum CliError {
     /// A container.
     #[error(transparent)]
     Container(#[from] ContainerError),
+    /// A program's streams.
+    #[error("the program's streams cannot be connected")]
+    Streams(#[source] io::Error),
+    /// A file or folder that is copied.
+    #[error("{path}")]
+    Copy {
+        /// The path on the host.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of variables.
+    #[error("--env-file {path}")]
+    EnvFile {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// A folder that cannot be written to.
     #[error("{folder} cannot be written to: give a folder that is there")]
     Folder {
@@ -159,6 +203,9 @@ impl CliError {
             | Self::Kernel(_)
             | Self::Image(_)
             | Self::Container(_)
+            | Self::Streams(_)
+            | Self::EnvFile { .. }
+            | Self::Copy { .. }
             | Self::Folder { .. }
             | Self::Output(_) => 1,
         }
@@ -196,6 +243,16 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
         Command::Boot(args) => boot::run(*args, clock),
         Command::Run(args) => run::run(*args, clock),
         Command::Ps(args) => ps::run(&args),
+        Command::Exec(args) => exec::run(*args),
+        Command::Logs(args) => logs::run(&args),
+        Command::Stop(args) => stop::run_stop(&args),
+        Command::Kill(args) => stop::run_kill(&args),
+        Command::Wait(args) => wait::run(&args),
+        Command::Rm(args) => rm::run_rm(&args),
+        Command::Prune(args) => rm::run_prune(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Stats(args) => stats::run(&args),
+        Command::Cp(args) => cp::run(&args),
         Command::Ctl(args) => ctl::run(&args),
         Command::Kernel(args) => kernel::run(&args),
         Command::Doctor(args) => doctor::run(&args),

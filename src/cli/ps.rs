@@ -1,24 +1,25 @@
-//! `microvm ps`: this user's VMs.
+//! `microvm ps`: this user's VMs and containers.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use crate::config::Size;
+use crate::container::{Container, Containers, State};
 use crate::control::{self, Client, ClientError};
 
 use super::CliError;
 use super::table::{self, Format};
 
-const AFTER_HELP: &str =
-    "States: running, pausing, paused, stopped; with --all also dead (its process was killed) and \
+const AFTER_HELP: &str = "States: running, pausing, paused, stopped; with --all also exited, dead (its process was killed) and \
 silent (it does not answer).
 VMs with --control PATH or --control none are not listed.
 
 Exit status:
   0  done, also where there is no VM
-  1  the folder of the control sockets cannot be read
+  1  the folder of the control sockets or of the containers cannot be read
   2  wrong usage
 
 Examples:
@@ -30,7 +31,7 @@ Examples:
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct PsArgs {
-    /// Also show VMs that are dead or do not answer
+    /// Also show containers that have ended, and VMs that are dead or do not answer
     #[arg(short, long)]
     all: bool,
     /// Print names alone
@@ -42,7 +43,7 @@ pub struct PsArgs {
 }
 
 pub(super) fn run(args: &PsArgs) -> Result<u8, CliError> {
-    let mut vms: Vec<Value> = control::names()?.iter().filter_map(|name| look_at(name)).collect();
+    let mut vms = all()?;
     if !args.all {
         vms.retain(|vm| vm.get("pid").is_some());
     }
@@ -53,6 +54,46 @@ pub(super) fn run(args: &PsArgs) -> Result<u8, CliError> {
         (Format::Table, false) => write_table(&vms, &mut out)?,
     }
     Ok(0)
+}
+
+/// VMs, and containers that have none any more.
+fn all() -> Result<Vec<Value>, CliError> {
+    let containers = Containers::of_user()?.list()?;
+    let mut containers: BTreeMap<_, _> = containers.iter().map(|c| (c.record.name.as_str(), c)).collect();
+    let mut vms = Vec::new();
+    for name in control::names()? {
+        let Some(mut vm) = look_at(&name) else { continue };
+        match containers.remove(name.as_str()) {
+            // What a dead VM left: the container knows how it ended.
+            Some(container) if vm["state"] == "dead" => vms.extend(ended(container)),
+            Some(container) => {
+                describe(container, &mut vm);
+                vms.push(vm);
+            }
+            None => vms.push(vm),
+        }
+    }
+    vms.extend(containers.into_values().filter_map(ended));
+    Ok(vms)
+}
+
+/// A container without a VM. `None`: its VM is about to be there, or it has gone meanwhile.
+fn ended(container: &Container) -> Option<Value> {
+    let Ok(State::Ended(ended)) = container.state() else { return None };
+    let state = if ended.time.is_some() { "exited" } else { "dead" };
+    let mut value = json!({ "name": container.record.name, "state": state, "exit_status": ended.status,
+        "ended": ended.time });
+    describe(container, &mut value);
+    Some(value)
+}
+
+fn describe(container: &Container, vm: &mut Value) {
+    let record = &container.record;
+    vm["id"] = record.id.clone().into();
+    vm["image"] = record.image.clone().into();
+    vm["command"] = record.process.args.join(" ").into();
+    vm["created"] = record.created.clone().into();
+    vm["ports"] = record.ports.clone().into();
 }
 
 /// What a VM says of itself, or what can be said of one that says nothing. `None`: it has gone meanwhile.
@@ -80,14 +121,26 @@ fn text(vm: &Value, field: &str) -> String {
     }
 }
 
+/// The longest command in a table; JSON has all of it.
+const COMMAND: usize = 40;
+
 fn write_table(vms: &[Value], out: &mut dyn Write) -> io::Result<()> {
     let row = |vm: &Value| {
         let memory = vm["memory_bytes"].as_u64().map_or("-".into(), |bytes| Size(bytes).to_string());
         let uptime = vm["uptime_seconds"].as_f64().map_or("-".into(), uptime);
         let field = |name| text(vm, name);
-        [field("name"), field("pid"), field("state"), field("cpus"), memory, uptime, field("kernel")]
+        let state = match vm["exit_status"].as_u64() {
+            Some(status) => format!("{} ({status})", field("state")),
+            None => field("state"),
+        };
+        // What runs: an image's program, or a kernel.
+        let mut runs = field(if vm["command"].is_null() { "kernel" } else { "command" });
+        if let Some((end, _)) = runs.char_indices().nth(COMMAND) {
+            runs.replace_range(end.., "…");
+        }
+        [field("name"), field("pid"), state, field("cpus"), memory, uptime, field("image"), runs]
     };
-    let head = ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME", "KERNEL"].map(String::from);
+    let head = ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME", "IMAGE", "COMMAND"].map(String::from);
     table::write(std::iter::once(head).chain(vms.iter().map(row)), out)
 }
 

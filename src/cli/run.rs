@@ -1,32 +1,42 @@
 //! `microvm run`: a container image in a virtual machine of its own.
 
-use std::io::{self, IsTerminal};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
-use crate::config::{MemoryConfig, is_name};
-use crate::container::{Changes, Machine, Wanted};
-use crate::control;
+use crate::config::{HostEnd, MemoryConfig, is_name};
+use crate::container::{
+    Changes, Claim, ContainerError, Containers, Machine, Record, StreamOptions, Streams, Wanted, new_id,
+    record_end, set_process,
+};
+use crate::guest::TerminalSize;
 use crate::metrics::Clock;
+use crate::sys::daemon::{Detached, Ready, Waiting, detach};
+use crate::sys::terminal;
+use crate::vmm::{End, Vmm};
 
 use super::boot::{Format, Launch, parse_timeout};
 use super::{CliError, say};
 
-const AFTER_HELP: &str =
-    "The image must be there (microvm image import), and a kernel (microvm kernel import).
-Without -t the program has no input, and its output and errors come out as one.
+const AFTER_HELP: &str = "The image must be there (microvm image import), and a kernel (microvm kernel import).
+A signal that comes for microvm goes to the program: Ctrl-C ends it as it would here.
 
 Exit status: the program's, as its shell has it (128 and the signal's number where one ended it), and
   124  --timeout passed
   125  microvm itself failed, or the container could not be made
   126  the program may not be run
   127  the program is not there
+  137  the container was killed
 
 Examples:
   microvm run alpine cat /etc/os-release
-  microvm run -it alpine sh
+  microvm run -it --rm alpine sh
+  echo hello | microvm run -i --rm alpine tr a-z A-Z
+  microvm run -d --name web nginx && microvm logs -f web
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
 
@@ -37,18 +47,24 @@ pub struct RunArgs {
     /// Give the program a terminal
     #[arg(short, long)]
     tty: bool,
-    /// Give the program this terminal's keys; with -t alone
-    #[arg(short, long, requires = "tty")]
+    /// Give the program this command's standard input
+    #[arg(short, long)]
     interactive: bool,
-    /// Nothing of a container stays behind: always so
+    /// Go on in the background, and print the container's id
+    #[arg(short, long, conflicts_with_all = ["tty", "interactive", "timeline"])]
+    detach: bool,
+    /// Remove the container when it ends: microvm ps -a and microvm logs do not know it then
     #[arg(long)]
     rm: bool,
-    /// What the VM is called in `microvm ps` and `microvm ctl` [default: vm-PID]
+    /// What the container is called [default: its id]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// A variable of the program's environment; NAME alone takes its value from here; again for more
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
+    /// A file of such variables, one a line; # begins a remark; again for more
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
     /// The program's working folder
     #[arg(short, long, value_name = "FOLDER")]
     workdir: Option<String>,
@@ -58,7 +74,7 @@ pub struct RunArgs {
     /// Instead of the image's entry point; empty: none
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
-    /// The guest's own name [default: the VM's]
+    /// The guest's own name [default: the container's]
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
     /// Number of vCPUs
@@ -79,6 +95,10 @@ pub struct RunArgs {
     /// Where the time went, on standard error
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "human")]
     timeline: Option<Format>,
+    /// Where the guest's serial port goes, to see its kernel: stdio, null or file=PATH
+    #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| HostEnd::parse(&text)),
+          hide_short_help = true)]
+    serial: Option<HostEnd>,
     /// Go on where /dev/kvm is a software KVM, which interprets the guest's kernel
     #[arg(long)]
     allow_software_kvm: bool,
@@ -91,6 +111,8 @@ pub struct RunArgs {
 
 /// microvm's own failures must not be taken for the program's.
 const OWN_FAILURE: u8 = 125;
+/// As by SIGKILL.
+const KILLED: u8 = 137;
 
 pub(super) fn run(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     match start(args, clock) {
@@ -106,42 +128,145 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     if args.tty && !io::stdin().is_terminal() {
         return Err(CliError::Usage("-t: standard input is no terminal: leave the flag out".into()));
     }
-    let hostname = args.hostname.or_else(|| args.name.clone()).unwrap_or_else(control::default_name);
-    if !is_name(&hostname) {
-        return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
+    let id = new_id();
+    let name = args.name.clone().unwrap_or_else(|| id.clone());
+    if !is_name(&name) {
+        return Err(ContainerError::Name(name).into());
     }
-    let wanted = Wanted {
-        image: args.image,
-        hostname,
-        changes: Changes {
-            command: args.command,
-            entrypoint: args.entrypoint,
-            env: args.env.iter().filter_map(|word| variable(word)).collect(),
-            workdir: args.workdir,
-            user: args.user,
-            terminal: args.tty,
-        },
-        read_only: args.read_only,
-        kernel: args.kernel,
+    let machine = Machine::of(&wanted(&args, &name)?)?;
+    let record = Record {
+        id: id.clone(),
+        name,
+        image: args.image.clone(),
+        image_id: machine.image_id.clone(),
+        created: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        process: machine.process.clone(),
+        stop_signal: machine.stop_signal,
+        rm: args.rm,
+        ports: Vec::new(),
+        volumes: Vec::new(),
     };
-    let Machine { mut config, lease, initramfs } = Machine::of(&wanted)?;
-    config.name = args.name;
+    let claim = Containers::of_user()?.add(&record)?;
+    let ready = match args.detach.then(detach).transpose()? {
+        Some(Detached::Parent(waiting)) => return announce(waiting, &id),
+        Some(Detached::Child(ready)) => Some(ready),
+        None => None,
+    };
+    run_here(args, machine, claim, ready, clock)
+}
+
+/// Waits for the process that goes on in the background.
+fn announce(waiting: Waiting, id: &str) -> Result<u8, CliError> {
+    match waiting.wait()? {
+        Some(status) => Ok(status),
+        None => {
+            writeln!(io::stdout(), "{id}")?;
+            Ok(0)
+        }
+    }
+}
+
+/// Runs the VM in this process.
+fn run_here(
+    args: RunArgs,
+    machine: Machine,
+    claim: Claim,
+    ready: Option<Ready>,
+    clock: Clock,
+) -> Result<u8, CliError> {
+    let Machine { mut config, lease, initramfs, .. } = machine;
     config.cpus = args.cpus.unwrap_or(config.cpus);
     config.memory = args.memory.unwrap_or(config.memory);
     config.timeout = args.timeout;
     config.allow_software_kvm = args.allow_software_kvm;
+    let Claim { folder, lock, end, log, leavings } = claim;
+    let unused = folder.clone();
+    let attached = ready.is_none();
+    let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
+    let rm = args.rm;
+    let prepare = move |vmm: &mut Vmm| {
+        drop(initramfs);
+        set_process(&lock).map_err(|source| ContainerError::Store { path: folder, source })?;
+        let streams = Streams::connect(vmm, options, log).map_err(CliError::Streams)?;
+        vmm.add_service(Box::new(streams));
+        vmm.keep("the image that is in use", &lease.file);
+        vmm.keep("the container's lock", &lock);
+        vmm.keep("how the container ended", &end);
+        if rm {
+            vmm.add_service(Box::new(leavings));
+        }
+        vmm.at_end(Box::new(move |how| {
+            if let Err(e) = record_end(&end, status_of(how)) {
+                log::warn!("how the container ended cannot be written down: {e}");
+            }
+            drop((lock, lease));
+        }));
+        Ok(())
+    };
     let launch = Launch {
         timeline: args.timeline,
         kvm_device: PathBuf::from("/dev/kvm"),
         metrics: None,
-        until_built: Some(initramfs),
-        until_end: Some(("the image that is in use", lease.file)),
+        prepare: Some(Box::new(prepare)),
     };
-    launch.run(&config, clock)
+    match launch.run(&config, clock) {
+        Ok(end) => Ok(status_of(&end)),
+        // Confined by then: nothing can be removed any more, and the container is known as dead.
+        Err(e @ CliError::Run(_)) => Err(e),
+        Err(e) => {
+            // What never ran is no container.
+            let _ = fs::remove_dir_all(unused);
+            Err(e)
+        }
+    }
+}
+
+/// The container's exit status.
+fn status_of(end: &End) -> u8 {
+    match end {
+        End::Stop => KILLED,
+        other => other.exit_status(),
+    }
+}
+
+fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
+    let hostname = args.hostname.clone().unwrap_or_else(|| name.into());
+    if !is_name(&hostname) {
+        return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
+    }
+    let files = args.env_file.iter().map(|path| read_env_file(path));
+    let mut env: Vec<String> = files.collect::<Result<Vec<_>, _>>()?.concat();
+    env.extend(args.env.iter().filter_map(|word| variable(word)));
+    let size = terminal::size().filter(|_| args.tty);
+    Ok(Wanted {
+        image: args.image.clone(),
+        name: name.into(),
+        hostname,
+        changes: Changes {
+            command: args.command.clone(),
+            entrypoint: args.entrypoint.clone(),
+            env,
+            workdir: args.workdir.clone(),
+            user: args.user.clone(),
+            terminal: args.tty,
+            input: args.interactive,
+            size: size.map(|(columns, rows)| TerminalSize { columns, rows }),
+        },
+        read_only: args.read_only,
+        kernel: args.kernel.clone(),
+        serial: args.serial.clone(),
+    })
+}
+
+/// As Docker: a variable a line; empty lines and those that begin with `#` are none.
+fn read_env_file(path: &Path) -> Result<Vec<String>, CliError> {
+    let text = fs::read_to_string(path).map_err(|source| CliError::EnvFile { path: path.into(), source })?;
+    let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    Ok(lines.filter_map(variable).collect())
 }
 
 /// As Docker: a name alone stands for this environment's value, if it has one.
-fn variable(word: &str) -> Option<String> {
+pub(super) fn variable(word: &str) -> Option<String> {
     match word.split_once('=') {
         Some(_) => Some(word.into()),
         None => std::env::var(word).ok().map(|value| format!("{word}={value}")),

@@ -8,21 +8,30 @@ use std::path::PathBuf;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::config::{DiskConfig, HostEnd, VmConfig};
-use crate::guest::GuestSpec;
+use crate::config::{DiskConfig, HostEnd, VmConfig, VsockConfig};
+use crate::control::base_path;
+use crate::guest::{GuestSpec, ProcessSpec};
 use crate::image::{Lease, Store};
 use crate::kernels::{Kernel, KernelStore};
 
-use super::{Changes, ContainerError, plan};
+use super::agent::SOCKET;
+use super::{Changes, ContainerError, parse_signal, plan};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
 const STATUS_PORT: u16 = 0xf4;
+
+/// The guest's address in its socket device. VMs may share one.
+const CID: u32 = 3;
+/// What programs are asked to end with.
+const TERM: u8 = libc::SIGTERM as u8;
 
 /// What is wanted of a container.
 #[derive(Clone, Debug)]
 pub struct Wanted {
     /// The image, in any way that the store knows.
     pub image: String,
+    /// The container's name.
+    pub name: String,
     /// The guest's name.
     pub hostname: String,
     /// Otherwise than the image says.
@@ -31,6 +40,8 @@ pub struct Wanted {
     pub read_only: bool,
     /// A kernel of the store instead of the default one.
     pub kernel: Option<String>,
+    /// Where the guest's serial port goes.
+    pub serial: Option<HostEnd>,
 }
 
 /// A container's VM: its configuration, and the files that go with it.
@@ -41,6 +52,12 @@ pub struct Machine {
     pub lease: Lease,
     /// What `config` names by its descriptor: needed until the VM is built.
     pub initramfs: File,
+    /// The program.
+    pub process: ProcessSpec,
+    /// The image's id.
+    pub image_id: String,
+    /// What `stop` sends first.
+    pub stop_signal: u8,
 }
 
 impl Machine {
@@ -61,6 +78,7 @@ impl Machine {
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
             network: None,
+            agent: true,
             process: plan(&run, &wanted.changes, &wanted.hostname)?,
         };
         let kernels = KernelStore::of_user()?;
@@ -68,13 +86,17 @@ impl Machine {
         let initramfs = initramfs(&kernel, &spec)?;
         let mut config = VmConfig::new(kernel.path);
         config.kernel.initrd = Some(format!("/proc/self/fd/{}", initramfs.as_raw_fd()).into());
-        config.kernel.append = format!("loglevel=0 microvm.exit_code_port={STATUS_PORT:#x}");
+        config.kernel.append = format!("microvm.exit_code_port={STATUS_PORT:#x}");
         config.exit_code_port = Some(STATUS_PORT);
-        config.serial = Some(HostEnd::Null);
-        config.console = Some(HostEnd::Stdio);
+        // Without a console there is nothing for the kernel to print on, which would take its time.
+        config.serial = Some(wanted.serial.clone().unwrap_or(HostEnd::Null));
+        config.vsock = Some(VsockConfig { cid: CID, socket: base_path().join(&wanted.name).join(SOCKET) });
+        config.name = Some(wanted.name.clone());
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
         config.disks = layers.into_iter().zip(ids).map(disk).collect();
-        Ok(Self { config, lease, initramfs })
+        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
+        let image_id = image.config.to_string();
+        Ok(Self { config, lease, initramfs, process: spec.process, image_id, stop_signal })
     }
 }
 

@@ -1,8 +1,14 @@
 //! A container in a VM: what an image says and what its user wants become a description for the guest and a VM's
 //! configuration.
 
+mod agent;
+mod log;
 mod machine;
 mod plan;
+mod relay;
+mod signal;
+mod store;
+mod streams;
 
 use std::io;
 use std::path::PathBuf;
@@ -12,8 +18,14 @@ use thiserror::Error;
 use crate::image::ImageError;
 use crate::kernels::KernelError;
 
+pub use agent::{Agent, exec, forget_vm};
+pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
-pub use plan::{Changes, plan};
+pub use plan::{Changes, plan, set_variable};
+pub use relay::{Finish, Receiver, print};
+pub use signal::{ParseSignalError, parse_signal};
+pub use store::{Claim, Container, Containers, Ended, Leavings, Record, State, new_id, record_end, set_process};
+pub use streams::{StreamOptions, Streams};
 
 /// A container cannot be made.
 #[derive(Debug, Error)]
@@ -24,6 +36,9 @@ pub enum ContainerError {
     /// Its kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The image's `StopSignal`.
+    #[error("the image's StopSignal")]
+    StopSignal(#[from] ParseSignalError),
     /// Nothing to run.
     #[error("the image says no command: give one behind it")]
     NoCommand,
@@ -32,6 +47,55 @@ pub enum ContainerError {
         "{0} is needed as the guest's process 1: install it beside microvm, or set MICROVM_INIT to its path"
     )]
     NoInit(PathBuf, #[source] io::Error),
+    /// Nowhere to keep them.
+    #[error("there is no place for containers: set MICROVM_DATA or HOME to the absolute path of a folder")]
+    NoPlace,
+    /// Files and folders of containers.
+    #[error("{path}")]
+    Store {
+        /// Which.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A name that none can have.
+    #[error("--name {0:?}: letters, digits, '.', '_' and '-', at most 64, a letter or digit first")]
+    Name(String),
+    /// A name that another one has.
+    #[error("--name {0}: a container of this name is there: remove it (microvm rm {0}), or choose another name")]
+    NameTaken(String),
+    /// There is none.
+    #[error("there is no container {0}: microvm ps -a lists them")]
+    NotFound(String),
+    /// There are several.
+    #[error("several containers' ids begin with {0}: give more of it")]
+    Ambiguous(String),
+    /// It runs.
+    #[error("container {0} runs: stop it first (microvm stop {0}), or use --force")]
+    Running(String),
+    /// It does not run.
+    #[error("container {0} does not run: microvm ps -a says how it ended")]
+    NotRunning(String),
+    /// Its guest does not answer.
+    #[error("container {name}: its guest cannot be asked")]
+    Agent {
+        /// Which.
+        name: String,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Its guest refuses.
+    #[error("container {name}: {message}")]
+    Refused {
+        /// Which.
+        name: String,
+        /// In its words.
+        message: String,
+        /// The exit status that Docker has for it.
+        status: u8,
+    },
     /// The initramfs.
     #[error("the guest's initramfs cannot be made")]
     Initramfs(#[source] io::Error),

@@ -1,6 +1,6 @@
 //! What a container's program is: the image's wishes, changed by its user's.
 
-use crate::guest::ProcessSpec;
+use crate::guest::{ProcessSpec, TerminalSize};
 use crate::image::RunConfig;
 
 use super::ContainerError;
@@ -23,6 +23,10 @@ pub struct Changes {
     pub user: Option<String>,
     /// The program has a terminal.
     pub terminal: bool,
+    /// It has input.
+    pub input: bool,
+    /// The terminal's size at first.
+    pub size: Option<TerminalSize>,
 }
 
 /// The program of an image with this configuration, as Docker has it.
@@ -48,18 +52,20 @@ pub fn plan(image: &RunConfig, changes: &Changes, hostname: &str) -> Result<Proc
         env.push("TERM=xterm".into());
     }
     let own = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-    image.env.iter().flatten().chain(&changes.env).for_each(|word| set(&mut env, word));
+    image.env.iter().flatten().chain(&changes.env).for_each(|word| set_variable(&mut env, word));
     Ok(ProcessSpec {
         args,
         env,
         cwd: own(&changes.workdir).or_else(|| own(&image.working_dir)).unwrap_or_else(|| "/".into()),
         user: own(&changes.user).or_else(|| own(&image.user)).unwrap_or_default(),
         terminal: changes.terminal,
+        input: changes.input,
+        size: changes.size,
     })
 }
 
 /// Sets a variable, which has one value.
-fn set(env: &mut Vec<String>, word: &str) {
+pub fn set_variable(env: &mut Vec<String>, word: &str) {
     let name = word.split('=').next();
     env.retain(|other| other.split('=').next() != name);
     env.push(word.into());

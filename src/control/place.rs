@@ -155,6 +155,22 @@ impl Place {
         }
     }
 
+    /// Removes what the dead VM called `name` left in its folder, `files` of other owners too. That of a living one stays.
+    ///
+    /// # Errors
+    /// The folder is not this user's.
+    pub fn forget(name: &str, files: &[&str]) -> Result<(), PlaceError> {
+        if !base_path().join(name).exists() {
+            return Ok(());
+        }
+        let Some(place) = Self::named(name)? else { return Ok(()) };
+        for file in files.iter().chain(&[SOCKET]) {
+            let _ = unlinkat(place.socket.folder(), *file, AtFlags::empty());
+        }
+        // Dropping it removes the folder.
+        Ok(())
+    }
+
     fn at_path(name: Option<&str>, path: &Path) -> Result<Self, PlaceError> {
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let failed = |source| PlaceError::Socket { path: path.into(), source };

@@ -5,24 +5,31 @@
 //! command line. On the way it writes the timeline's marks to I/O port 0x80. With the word
 //! `microvm.exit_code_port=PORT` on the command line the program's status becomes that of `microvm`.
 
+mod agent;
+mod archive;
 mod console;
 mod container;
 mod modules;
 mod network;
 mod port;
+mod programs;
 mod rootfs;
+mod session;
 mod users;
+mod vsock;
 
 use std::ffi::OsString;
-use std::io;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus};
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use microvm::arch::x86_64::layout::MARK_PORT;
-use microvm::guest::ProcessSpec;
+use microvm::guest::GuestSpec;
+use microvm::guest::wire::{Failure, Kind, PORT, write_json};
 use microvm::metrics::Phase;
 use rustix::mount::{MountFlags, mount};
-use rustix::process::{Pid, WaitOptions, getpid, wait};
+use rustix::process::getpid;
 use rustix::system::{RebootCommand, reboot};
 
 use port::Port;
@@ -62,10 +69,11 @@ fn main() {
     let program = prepare();
     let is_container = !matches!(program, Ok(Program::Words(_)));
     mark(Phase::InitReady);
-    let status = match program {
-        Ok(program) => run(program, &mark),
+    let status = match program.and_then(|program| run(program, &mark)) {
+        Ok(status) => status,
         Err(Failed(words)) => {
             eprintln!("microvm-init: {words}");
+            tell_host(words);
             NOT_STARTED
         }
     };
@@ -104,7 +112,7 @@ fn unless_busy(error: rustix::io::Errno) -> rustix::io::Result<()> {
 /// What is run.
 enum Program {
     /// A container's, which is there.
-    Container(ProcessSpec),
+    Container(GuestSpec),
     /// The words of the kernel's command line, in the initramfs.
     Words(Vec<OsString>),
 }
@@ -112,37 +120,66 @@ enum Program {
 /// Makes the container, where the host wants one.
 fn prepare() -> Result<Program, Failed> {
     match container::spec()? {
-        Some(spec) => {
-            console::take(spec.process.terminal);
-            container::enter(&spec).map(|()| Program::Container(spec.process))
-        }
+        Some(spec) => container::enter(&spec).map(|()| Program::Container(spec)),
         None => Ok(Program::Words(std::env::args_os().skip(1).collect())),
     }
 }
 
-/// Runs the program and everything that it leaves behind until it has ended itself.
-fn run(program: Program, mark: &dyn Fn(Phase)) -> u8 {
-    mark(Phase::WorkloadStart);
-    let started = match &program {
-        Program::Container(process) => container::start(process),
-        Program::Words(words) => start(words),
-    };
-    match started {
-        Ok(child) => wait_for(child.id()),
-        Err(e) => {
-            eprintln!("microvm-init: {} cannot be run: {e}", program.name());
-            if e.kind() == io::ErrorKind::PermissionDenied { NOT_ALLOWED } else { NOT_FOUND }
+/// Runs the program until it has ended itself, and returns its status.
+fn run(program: Program, mark: &dyn Fn(Phase)) -> Result<u8, Failed> {
+    thread::Builder::new().name("reaper".into()).spawn(|| programs::reap()).map_err(failed("the reaper"))?;
+    match program {
+        Program::Container(GuestSpec { process, agent: true, .. }) => {
+            let (streams, requests) = vsock::connect(PORT)
+                .and_then(|streams| Ok((streams, vsock::connect(PORT)?)))
+                .map_err(failed("the host cannot be reached (virtio-vsock)"))?;
+            agent::start(requests).map_err(failed("the host's requests cannot be taken"))?;
+            mark(Phase::WorkloadStart);
+            Ok(session::run_main(&process, streams))
+        }
+        Program::Container(GuestSpec { process, .. }) => {
+            mark(Phase::WorkloadStart);
+            let name = process.args.first().map_or("no program".into(), String::clone);
+            let streams = || [Stdio::inherit(), Stdio::inherit(), Stdio::inherit()];
+            Ok(run_here(&name, || container::start(&process, streams())))
+        }
+        Program::Words(words) => {
+            mark(Phase::WorkloadStart);
+            let name = words.first().map_or("no program".into(), |word| word.display().to_string());
+            Ok(run_here(&name, || start(&words)))
         }
     }
 }
 
-impl Program {
-    fn name(&self) -> String {
-        let name = match self {
-            Self::Container(process) => process.args.first().cloned(),
-            Self::Words(words) => words.first().map(|word| word.display().to_string()),
-        };
-        name.unwrap_or_else(|| "no program".into())
+/// A host that waits for the program's streams gets the reason in their place.
+fn tell_host(message: String) {
+    if container::wants_agent()
+        && let Ok(mut stream) = vsock::connect(PORT)
+        && write_json(&mut stream, Kind::Failed, &Failure { status: NOT_STARTED, message }).is_ok()
+    {
+        // It closes its end when it has read that.
+        let _ = stream.read(&mut [0]);
+    }
+}
+
+/// Runs a program on the console.
+fn run_here(name: &str, start: impl FnOnce() -> io::Result<Child>) -> u8 {
+    let mut code = [NOT_STARTED];
+    match programs::start(start).and_then(|(_, mut status)| status.read_exact(&mut code)) {
+        Ok(()) => code[0],
+        Err(e) => {
+            eprintln!("microvm-init: {name} cannot be run: {e}");
+            status_of(&e)
+        }
+    }
+}
+
+/// The exit status of a program that cannot be run.
+fn status_of(error: &io::Error) -> u8 {
+    match error.kind() {
+        io::ErrorKind::NotFound => NOT_FOUND,
+        io::ErrorKind::Other => NOT_STARTED,
+        _ => NOT_ALLOWED,
     }
 }
 
@@ -156,25 +193,6 @@ fn start(words: &[OsString]) -> io::Result<Child> {
     // SAFETY: setsid is async-signal-safe and touches no memory of the parent's.
     unsafe { command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
     command.spawn()
-}
-
-/// Reaps children, orphans of the program too, until the program has ended.
-fn wait_for(child: u32) -> u8 {
-    loop {
-        match wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) if pid_is(pid, child) => {
-                let status = ExitStatus::from_raw(status.as_raw());
-                // 128 + signal, as shells say it; statuses from 128 on cannot be told apart on the status port.
-                return status.code().or(status.signal().map(|s| 128 + s)).map_or(NOT_STARTED, |n| n as u8);
-            }
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return NOT_STARTED,
-        }
-    }
-}
-
-fn pid_is(pid: Pid, child: u32) -> bool {
-    u32::try_from(pid.as_raw_nonzero().get()) == Ok(child)
 }
 
 /// Where the host takes the program's status, if the command line names a port for it.

@@ -24,15 +24,17 @@ pub enum ThreadKind {
     Vsock,
     /// Starts and stops the kernel's own worker for a network card.
     Vhost,
-    /// Removes a socket's file at the VM's end.
+    /// Removes files of the VM's at its end: the socket device's, or what was kept of a container.
     Cleaner,
     /// Serves the control socket.
     Control,
+    /// Has a container's streams.
+    Streams,
 }
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Vmm,
         Self::VmmWithVsock,
         Self::Vcpu,
@@ -42,6 +44,7 @@ impl ThreadKind {
         Self::Vhost,
         Self::Cleaner,
         Self::Control,
+        Self::Streams,
     ];
 
     /// Its tables. Each call stands in one of them only.
@@ -56,6 +59,7 @@ impl ThreadKind {
             Self::Vhost => &[COMMON, VHOST],
             Self::Cleaner => &[COMMON, CLEANER],
             Self::Control => &[COMMON, CONTROL],
+            Self::Streams => &[COMMON, STREAMS],
         }
     }
 }
@@ -324,7 +328,7 @@ const VHOST: &[Rule] = &[
 /// This thread does nothing while the guest runs, so that no thread that the guest gives work can remove a file.
 const CLEANER: &[Rule] = &[
     allow(libc::SYS_newfstatat, "is the vsock's socket still there, or another's"),
-    allow(libc::SYS_unlinkat, "that socket at the end; Landlock allows it in its folder alone"),
+    allow(libc::SYS_unlinkat, "that socket, or a container that is not kept, at the end; Landlock allows it in their folders alone"),
     allow_if(
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
@@ -346,6 +350,22 @@ const CONTROL: &[Rule] = &[
         libc::SYS_unlinkat,
         "the socket and its folder at the end; Landlock allows it in their folders alone",
     ),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// The program's streams to standard output and the log, standard input to the program.
+const STREAMS: &[Rule] = &[
+    allow(libc::SYS_poll, "is there input, is there room for output"),
+    allow(libc::SYS_ppoll, "is there input, is there room for output"),
+    allow(libc::SYS_recvfrom, "the guest's frames"),
+    allow(libc::SYS_sendto, "frames for the guest"),
+    allow(libc::SYS_shutdown, "the guest is told that all was passed on"),
+    allow(libc::SYS_ftruncate, "the older half of the log, when the newer one is full"),
     allow_if(
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2])],

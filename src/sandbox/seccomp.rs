@@ -13,6 +13,7 @@ static VSOCK: Program = Program::new(ThreadKind::Vsock.tables());
 static VHOST: Program = Program::new(ThreadKind::Vhost.tables());
 static CLEANER: Program = Program::new(ThreadKind::Cleaner.tables());
 static CONTROL: Program = Program::new(ThreadKind::Control.tables());
+static STREAMS: Program = Program::new(ThreadKind::Streams.tables());
 
 fn program(kind: ThreadKind) -> &'static Program {
     match kind {
@@ -25,6 +26,7 @@ fn program(kind: ThreadKind) -> &'static Program {
         ThreadKind::Vhost => &VHOST,
         ThreadKind::Cleaner => &CLEANER,
         ThreadKind::Control => &CONTROL,
+        ThreadKind::Streams => &STREAMS,
     }
 }
 
@@ -248,10 +250,11 @@ mod tests {
             ("Worker of the socket device", ThreadKind::Vsock.tables()[1]),
             ("Worker of the socket device, and the VMM thread where there is one", VSOCK_RULES),
             ("Thread of a network card with vhost", ThreadKind::Vhost.tables()[1]),
-            ("Cleaner of the vsock's socket", ThreadKind::Cleaner.tables()[1]),
+            ("Cleaners", ThreadKind::Cleaner.tables()[1]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),
             ("Control thread", ThreadKind::Control.tables()[1]),
+            ("Streams of a container's program", ThreadKind::Streams.tables()[1]),
         ] {
             write!(text, "\n### {title}\n\n| call | if | reason |\n|---|---|---|\n").unwrap();
             for rule in table {

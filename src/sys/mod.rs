@@ -2,6 +2,7 @@
 
 pub mod background_close;
 pub mod confinement;
+pub mod daemon;
 pub mod data;
 pub mod event;
 pub mod file_io;
@@ -18,3 +19,4 @@ pub mod terminal;
 pub mod uring;
 pub mod vhost;
 pub mod violation;
+pub mod watch;

@@ -5,8 +5,11 @@ use std::io::{self, Read};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 
+use rustix::event::{PollFd, PollFlags, poll};
+
 /// Signals that end the VM in order. One that the parent ignores (`nohup`) stays ignored.
-const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+const ENDING: [libc::c_int; 6] =
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
 
 /// A descriptor that turns readable when a signal has arrived that a VM hears.
 pub struct Signals(File);
@@ -52,6 +55,21 @@ impl Signals {
         match u8::try_from(number).ok()? {
             number if libc::c_int::from(number) == libc::SIGWINCH => Some(Signal::Resize),
             number => Some(Signal::End(number)),
+        }
+    }
+}
+
+impl Signals {
+    /// Waits for the next signal. `None`: the descriptor fails.
+    pub fn wait(&mut self) -> Option<Signal> {
+        loop {
+            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return None,
+            }
+            if let Some(signal) = self.take() {
+                return Some(signal);
+            }
         }
     }
 }

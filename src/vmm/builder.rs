@@ -120,6 +120,7 @@ pub fn build(
     let mut controls = DeviceControls::default();
     let mut devices = Devices::open(config, &metrics, &mut controls)?;
     let services = devices.take_services();
+    let vsock = devices.vsock.take();
     let slots = Slots::of(&devices, config.discovery);
     let (cpus, consoles) = (config.cpus, &console_words(config));
     let cmdline_config = CmdlineConfig { consoles, cpus, root: root(config), virtio: &slots.cmdline };
@@ -196,6 +197,9 @@ pub fn build(
         layers,
         kept,
         kind,
+        vsock,
+        signals: None,
+        at_end: None,
         services,
     })
 }

@@ -17,7 +17,7 @@ use crate::devices::virtio::net::{
     VhostParts,
 };
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::vsock::{HostSocketError, Vsock};
+use crate::devices::virtio::vsock::{HostSocket, HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
     WorkerControl,
@@ -76,6 +76,8 @@ pub(super) struct Devices {
     all: Vec<(VirtioSlot, Box<dyn VirtioDevice>)>,
     /// What the virtio console prints and takes, until the host's end has it.
     pub console: Option<GuestEnd>,
+    /// The host's end of the socket device.
+    pub vsock: Option<Arc<HostSocket>>,
     services: Vec<Box<dyn Service>>,
 }
 
@@ -120,16 +122,18 @@ impl Devices {
             console = Some(end);
         }
         let mut services: Vec<Box<dyn Service>> = Vec::new();
+        let mut host_socket = None;
         if let Some(vsock) = &config.vsock {
             let (vsock, file) = Vsock::open(vsock.cid, &vsock.socket, metrics)?;
             services.push(Box::new(file));
             controls.add(vsock.control())?;
+            host_socket = Some(vsock.host());
             devices.push(Box::new(vsock));
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));
         }
-        Ok(Self { all: virtio_slots().zip(devices).collect(), console, services })
+        Ok(Self { all: virtio_slots().zip(devices).collect(), console, vsock: host_socket, services })
     }
 
     /// What runs beside the guest for them.

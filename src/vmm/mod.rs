@@ -13,9 +13,12 @@ mod service;
 mod socket_file;
 mod state;
 
+use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use crate::devices::virtio::vsock::HostSocket;
 use crate::metrics::{Registry, Timeline};
 use crate::sandbox::{Kept, Layers, ThreadKind};
 use crate::vcpu::{Reports, Vcpu};
@@ -25,7 +28,7 @@ pub use builder::{BuildError, build};
 pub use end::End;
 pub use request::{Answer, Refusal, Request, VmHandle, Wanted};
 pub use run::{Ended, RunError, run};
-pub use service::Service;
+pub use service::{Service, clean_up_at_end};
 pub use state::{State, StateCell};
 
 /// A VM that is built: everything is open, no thread runs yet, and nothing is confined.
@@ -45,13 +48,45 @@ pub struct Vmm {
     kept: Kept,
     /// What the thread that runs it is confined to.
     kind: ThreadKind,
+    vsock: Option<Arc<HostSocket>>,
+    signals: Option<Box<dyn SignalSink>>,
+    at_end: Option<Box<dyn FnOnce(&End)>>,
     services: Vec<Box<dyn Service>>,
+}
+
+/// Takes the signals that come for this process, for the guest.
+pub trait SignalSink {
+    /// Passes a signal on by its number. `false`: the guest is not there to have it, and the VM is to end.
+    fn signal(&self, number: u8) -> bool;
+
+    /// The terminal has another size.
+    fn resized(&self);
 }
 
 impl Vmm {
     /// Starts `service` with the VM, once the process is confined.
     pub fn add_service(&mut self, service: Box<dyn Service>) {
         self.services.push(service);
+    }
+
+    /// Has the guest's next connection to a port of the host meet `stream`. The other end is this process's.
+    ///
+    /// # Errors
+    /// The VM has no socket device.
+    pub fn meet_guest(&mut self, port: u32, stream: UnixStream) -> io::Result<()> {
+        let vsock = self.vsock.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        self.kept.add("a stream for the guest", &stream);
+        vsock.meet(port, stream)
+    }
+
+    /// Has signals go to `sink` instead of ending the VM.
+    pub fn pass_signals_to(&mut self, sink: Box<dyn SignalSink>) {
+        self.signals = Some(sink);
+    }
+
+    /// Calls `at_end` when it is known how the VM ends, before its services end.
+    pub fn at_end(&mut self, at_end: Box<dyn FnOnce(&End)>) {
+        self.at_end = Some(at_end);
     }
 
     /// Keeps a descriptor open, which must live as long as the VM. All that nobody names are closed.

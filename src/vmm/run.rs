@@ -27,7 +27,7 @@ use super::console::{Console, ConsoleEvents, TerminalSize, finish_all};
 use super::devices::DeviceThreads;
 use super::machine::Machine;
 use super::request::Envelope;
-use super::{End, Vmm};
+use super::{End, SignalSink, Vmm};
 
 /// vCPUs that have not ended by then are left to the end of the process.
 const STOP_BOUND: Duration = Duration::from_secs(2);
@@ -124,9 +124,23 @@ struct VmEvents {
     end: EndSlot,
     confined: Confined,
     terminal_size: Option<TerminalSize>,
+    signal_sink: Option<Box<dyn SignalSink>>,
 }
 
 impl VmEvents {
+    /// Not this process's where somebody takes it for the guest.
+    fn signalled(&self, signal: Signal) {
+        match (signal, &self.signal_sink) {
+            (Signal::End(number), Some(sink)) if sink.signal(number) => {}
+            (Signal::End(number), _) => self.end.set(End::Signal(number)),
+            (Signal::Resize, sink) => {
+                self.terminal_size.iter().for_each(TerminalSize::update);
+                sink.iter().for_each(|sink| sink.resized());
+            }
+        }
+    }
+
+
     /// Everything that has come since the last wake-up.
     fn take_all(&mut self) {
         let mut machine = self.machine.borrow_mut();
@@ -166,11 +180,8 @@ impl MutEventSubscriber for VmEvents {
         } else if let Some(jobs) = sources.jobs.as_ref().filter(|j| j.event().as_raw_fd() == events.fd()) {
             jobs.run_all(self.confined);
         } else {
-            match sources.signals.take() {
-                Some(Signal::End(number)) => self.end.set(End::Signal(number)),
-                Some(Signal::Resize) => self.terminal_size.iter().for_each(TerminalSize::update),
-                None => {}
-            }
+            let signal = sources.signals.take();
+            signal.into_iter().for_each(|signal| self.signalled(signal));
         }
     }
 }
@@ -217,7 +228,7 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
     let (sources, terminal_size) = (vmm.events, vmm.consoles.iter().find_map(Console::size));
-    let events = VmEvents { sources, machine: machine.clone(), end: end.clone(), confined, terminal_size };
+    let events = VmEvents { sources, machine: machine.clone(), end: end.clone(), confined, terminal_size, signal_sink: vmm.signals };
     manager.add_subscriber(Box::new(events));
     // The consoles are taken back at the end, for the guest's last words.
     let mut consoles = Vec::new();
@@ -263,6 +274,9 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     machine.parts.threads = DeviceThreads::default();
     drop((vmm.vm, vmm.memory));
     vmm.timeline.mark(Phase::Teardown);
+    if let (Some(at_end), Ok(end)) = (vmm.at_end, &reason) {
+        at_end(end);
+    }
     if stuck == 0 { reason.map(|end| Ended { end, metrics }) } else { Err(RunError::Stuck) }
 }
 

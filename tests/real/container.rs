@@ -55,6 +55,8 @@ impl Image {
             cwd: "/".into(),
             user: String::new(),
             terminal: false,
+            input: false,
+            size: None,
         };
         let mut spec = GuestSpec {
             layers: ids.clone(),
@@ -62,6 +64,7 @@ impl Image {
             read_only: false,
             hostname: "box".into(),
             network: None,
+            agent: false,
             process,
         };
         change(&mut spec);

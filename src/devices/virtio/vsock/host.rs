@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::net::{RecvFlags, recv};
 
@@ -19,6 +20,8 @@ use super::socket_file::{HostSocketError, SocketFile};
 pub struct HostSocket {
     listener: OwnedFd,
     path: PathBuf,
+    /// Streams of this process that wait for the guest, each at a port of the host.
+    inside: Mutex<Vec<(u32, UnixStream)>>,
 }
 
 impl HostSocket {
@@ -28,7 +31,24 @@ impl HostSocket {
     /// Something is there, or the folder is not.
     pub fn bind(path: &Path) -> Result<(Self, SocketFile), HostSocketError> {
         let (listener, file) = SocketFile::make(path)?;
-        Ok((Self { listener, path: path.into() }, file))
+        Ok((Self { listener, path: path.into(), inside: Mutex::default() }, file))
+    }
+
+    /// Has the guest's next connection to the host's `port` meet `stream`, which is this process's own. Several at one port
+    /// are met in this order, each once.
+    ///
+    /// # Errors
+    /// The stream cannot be made one that does not block.
+    pub fn meet(&self, port: u32, stream: UnixStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner).push((port, stream));
+        Ok(())
+    }
+
+    fn take_inside(&self, port: u32) -> Option<UnixStream> {
+        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = inside.iter().position(|(at, _)| *at == port)?;
+        Some(inside.remove(place).1)
     }
 
     /// What to wait on for programs that connect.
@@ -48,6 +68,9 @@ impl HostSocket {
     /// # Errors
     /// Nobody listens there, or its queue is full.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        if let Some(stream) = self.take_inside(port) {
+            return Ok(stream);
+        }
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));
         connect_now(Path::new(&path)).map(UnixStream::from)
@@ -135,6 +158,25 @@ mod tests {
         let mut rest = String::new();
         b.read_to_string(&mut rest).unwrap();
         assert_eq!(rest, "rest");
+    }
+
+    #[test]
+    fn streams_of_this_process_are_met_once_and_in_order() {
+        use std::io::Read;
+        let folder = tempfile::tempdir().unwrap();
+        let (host, _file) = HostSocket::bind(&folder.path().join("v")).unwrap();
+        let ours = [5, 5, 6].map(|port| {
+            let (ours, guests) = UnixStream::pair().unwrap();
+            host.meet(port, guests).unwrap();
+            ours
+        });
+        for (port, mut ours) in [5, 5, 6].into_iter().zip(ours) {
+            host.connect(port).unwrap().write_all(&[port as u8]).unwrap();
+            let mut sent = Vec::new();
+            ours.read_to_end(&mut sent).unwrap();
+            assert_eq!(sent, [port as u8]);
+        }
+        assert!(host.connect(5).is_err() && host.connect(7).is_err());
     }
 
     proptest! {

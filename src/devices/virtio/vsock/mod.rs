@@ -28,11 +28,11 @@ use super::{
 };
 
 pub use counters::VsockCounters;
+pub use host::HostSocket;
 pub use muxer::MAX_CONNECTIONS;
 pub use socket_file::{HostSocketError, SocketFile};
 
 use control::VsockControl;
-use host::HostSocket;
 use muxer::Muxer;
 use thread::VsockThread;
 
@@ -67,6 +67,12 @@ impl Vsock {
     #[must_use]
     pub fn counters(&self) -> Arc<VsockCounters> {
         self.counters.clone()
+    }
+
+    /// The host's end of it.
+    #[must_use]
+    pub fn host(&self) -> Arc<HostSocket> {
+        self.host.clone()
     }
 
     /// What its thread serves, for [`VirtioDevice::activate`] and for who serves it without a thread, as a fuzzer.

@@ -1,4 +1,7 @@
-//! What a guest that runs a container is told by its host: one JSON file in its initramfs, which `microvm-init` reads.
+//! What a guest that runs a container is told by its host: one JSON file in its initramfs, which `microvm-init` reads, and
+//! what the two say to each other while it runs ([`wire`]).
+
+pub mod wire;
 
 use std::net::Ipv4Addr;
 
@@ -6,9 +9,6 @@ use serde::{Deserialize, Serialize};
 
 /// Where the file is in the initramfs. Without it `microvm-init` runs what the kernel's command line says.
 pub const SPEC_PATH: &str = "/microvm.json";
-
-/// Where a container's program reads and prints, if the machine has it.
-pub const TERMINAL: &str = "/dev/hvc0";
 
 /// A container: its root file system, its surroundings and its program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,10 @@ pub struct GuestSpec {
     /// How it reaches the world; not at all where there is none.
     #[serde(default)]
     pub network: Option<NetworkSpec>,
+    /// The host waits for the program's streams, and may want more programs run (see [`wire`]). Else the program has the
+    /// console.
+    #[serde(default)]
+    pub agent: bool,
     /// The program.
     pub process: ProcessSpec,
 }
@@ -61,10 +65,25 @@ pub struct ProcessSpec {
     /// `USER[:GROUP]`, each a name or a number; empty: root.
     #[serde(default)]
     pub user: String,
-    /// It has a terminal: [`TERMINAL`] with the keys and line ends of one. Else it has no input, and what it prints comes
-    /// out as it is.
+    /// It has a terminal, and its errors come out with the rest.
     #[serde(default)]
     pub terminal: bool,
+    /// It has input; else it finds the end of it.
+    #[serde(default)]
+    pub input: bool,
+    /// The terminal's size at first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<TerminalSize>,
+}
+
+/// A terminal's size in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TerminalSize {
+    /// How wide it is.
+    pub columns: u16,
+    /// How high it is.
+    pub rows: u16,
 }
 
 impl GuestSpec {
@@ -81,6 +100,8 @@ impl GuestSpec {
             }
             // The kernel opens it for process 1, before there is a devtmpfs.
             archive.add("dev/console", 0o020_600, (5, 1), &[]);
+            // Where there is no console, process 1 begins without streams, and Rust puts this in their place.
+            archive.add("dev/null", 0o020_666, (1, 3), &[]);
             archive.add("init", 0o100_755, (0, 0), init);
         }
         archive.add(SPEC_PATH.trim_start_matches('/'), 0o100_600, (0, 0), &text);

@@ -1,0 +1,203 @@
+//! `microvm cp`: files and folders between the host and a running container.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::container::{Agent, Container, ContainerError, Containers};
+use crate::guest::wire::Request;
+
+use super::super::CliError;
+
+const AFTER_HELP: &str = "One of the two is CONTAINER:PATH. Where the destination is a folder the copy goes into it, else it is called as the
+destination says. Links stay links. On the host files are this user's; what comes out of a container never leaves the
+destination, whatever its archive says.
+
+Exit status:
+  0  done
+  1  a file or the container is not there, or the disk is full
+  2  wrong usage
+
+Examples:
+  microvm cp site web:/srv
+  microvm cp web:/var/log/app.log .
+  microvm cp web:/etc - | tar t";
+
+/// Flags of `microvm cp`.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CpArgs {
+    /// A path, CONTAINER:PATH, or - for a tar archive on standard input
+    source: String,
+    /// A path, CONTAINER:PATH, or - for a tar archive on standard output
+    destination: String,
+}
+
+/// One of the two places.
+enum Place {
+    Host(PathBuf),
+    Guest(String, String),
+    /// `-`.
+    Archive,
+}
+
+impl Place {
+    /// As Docker: a path with a slash before the first colon, or none, is the host's.
+    fn parse(text: &str) -> Self {
+        match text.split_once(':') {
+            _ if text == "-" => Self::Archive,
+            Some((name, path)) if !name.is_empty() && !name.contains('/') && name != "." => {
+                Self::Guest(name.into(), path.into())
+            }
+            _ => Self::Host(text.into()),
+        }
+    }
+}
+
+pub fn run(args: &CpArgs) -> Result<u8, CliError> {
+    match (Place::parse(&args.source), Place::parse(&args.destination)) {
+        (Place::Guest(name, path), to @ (Place::Host(_) | Place::Archive)) => {
+            fetch(&Containers::of_user()?.find(&name)?, &path, &to)
+        }
+        (from @ (Place::Host(_) | Place::Archive), Place::Guest(name, path)) => {
+            bring(&from, &Containers::of_user()?.find(&name)?, &path)
+        }
+        _ => Err(CliError::Usage("cp: one of the two must be CONTAINER:PATH, and the other a path or -".into())),
+    }
+}
+
+/// From the guest, whose archive is not trusted.
+fn fetch(container: &Container, path: &str, to: &Place) -> Result<u8, CliError> {
+    let mut agent = Agent::connect(container)?;
+    agent.send(&Request::Read { path: path.into() })?;
+    let Place::Host(target) = to else {
+        agent.receive(&mut io::stdout().lock())?;
+        return Ok(0);
+    };
+    let failed = |source| CliError::Copy { path: target.clone(), source };
+    // Into a new folder beside the destination, and out of it under the right name: nothing that is there is in its way.
+    let (folder, name) = match (target.is_dir(), target.file_name()) {
+        (false, Some(name)) => (parent(target), Some(name)),
+        _ => (target.as_path(), None),
+    };
+    let work = folder.join(format!(".microvm-cp-{}", std::process::id()));
+    fs::create_dir(&work).map_err(failed)?;
+    let done = unpack(&mut agent, &work).and_then(|()| take_out(&work, folder, name).map_err(failed));
+    let _ = fs::remove_dir_all(&work);
+    done.map(|()| 0)
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The archive goes to a file first: what unpacks it then reads no stream that may end in the middle.
+fn unpack(agent: &mut Agent, work: &Path) -> Result<(), CliError> {
+    let failed = |source| CliError::Copy { path: work.into(), source };
+    let archive = work.with_extension("tar");
+    let open = File::options().read(true).write(true).create_new(true).open(&archive);
+    let mut file = open.map_err(failed)?;
+    // It needs no name any more.
+    fs::remove_file(&archive).map_err(failed)?;
+    agent.receive(&mut file)?;
+    file.rewind().map_err(failed)?;
+    let mut entries = tar::Archive::new(file);
+    // Not its owners, nor bits that make a program another user's.
+    entries.set_preserve_permissions(false);
+    entries.set_unpack_xattrs(false);
+    for entry in entries.entries().map_err(failed)? {
+        let mut entry = entry.map_err(failed)?;
+        let kind = entry.header().entry_type();
+        // No device, and no link to a file that the archive did not bring.
+        if kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link() {
+            entry.unpack_in(work).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// Moves the one thing in `work` to `folder`, as `name`.
+fn take_out(work: &Path, folder: &Path, name: Option<&OsStr>) -> io::Result<()> {
+    let mut entries = fs::read_dir(work)?;
+    let (Some(entry), None) = (entries.next().transpose()?, entries.next()) else {
+        return Err(io::Error::other("the guest did not send one file or folder"));
+    };
+    let target = folder.join(name.unwrap_or(&entry.file_name()));
+    fs::rename(entry.path(), target)
+}
+
+/// To the guest.
+fn bring(from: &Place, container: &Container, path: &str) -> Result<u8, CliError> {
+    let mut agent = Agent::connect(container)?;
+    match from {
+        Place::Host(source) => {
+            let failed = |e| CliError::Copy { path: source.clone(), source: e };
+            let (folder, name) = target(container, source, path).map_err(failed)?;
+            agent.send(&Request::Write { path: folder })?;
+            agent.supply(&mut pack(source, &name).map_err(failed)?)?;
+        }
+        _ => {
+            agent.send(&Request::Write { path: path.into() })?;
+            agent.supply(&mut io::stdin().lock())?;
+        }
+    }
+    Ok(0)
+}
+
+/// The folder in the guest, and the name in it.
+fn target(container: &Container, source: &Path, path: &str) -> io::Result<(String, PathBuf)> {
+    let own = source.canonicalize()?.file_name().map_or_else(|| ".".into(), PathBuf::from);
+    if is_folder(container, path) {
+        return Ok((path.into(), own));
+    }
+    let (folder, name) = path.trim_end_matches('/').rsplit_once('/').unwrap_or((".", path));
+    Ok((if folder.is_empty() { "/".into() } else { folder.into() }, name.into()))
+}
+
+/// An empty archive can be unpacked into folders alone.
+fn is_folder(container: &Container, path: &str) -> bool {
+    let asked = Agent::connect(container).and_then(|mut agent| {
+        agent.send(&Request::Write { path: path.into() })?;
+        agent.supply(&mut io::empty())
+    });
+    !matches!(asked, Err(ContainerError::Refused { .. }))
+}
+
+/// An archive of `source`, in a file without a name.
+fn pack(source: &Path, name: &Path) -> io::Result<impl Read + use<>> {
+    let mut archive = tar::Builder::new(io::BufWriter::new(tempfile()?));
+    archive.follow_symlinks(false);
+    if source.is_dir() {
+        archive.append_dir_all(name, source)?;
+    } else {
+        archive.append_path_with_name(source, name)?;
+    }
+    let mut file = archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
+    file.flush()?;
+    file.rewind()?;
+    Ok(io::BufReader::new(file))
+}
+
+/// A file without a name where such are kept.
+fn tempfile() -> io::Result<File> {
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(openat(CWD, std::env::temp_dir(), flags, Mode::RUSR | Mode::WUSR)?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_colon_makes_it_a_containers() {
+        assert!(matches!(Place::parse("web:/a:b"), Place::Guest(name, path) if name == "web" && path == "/a:b"));
+        assert!(matches!(Place::parse("-"), Place::Archive));
+        for host in ["a", "./a:b", "/a:b", ":a", "."] {
+            assert!(matches!(Place::parse(host), Place::Host(_)), "{host}");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! `microvm rm` and `microvm prune`.
+
+use std::io::{self, IsTerminal, Write};
+
+use clap::Args;
+
+use crate::config::Size;
+use crate::container::{Container, ContainerError, Containers, State, forget_vm};
+
+use super::super::CliError;
+use super::for_each;
+use super::stop::close;
+
+const RM_HELP: &str = "Exit status:
+  0  all have gone
+  1  one is not there, or runs
+  2  wrong usage
+
+Examples:
+  microvm rm job
+  microvm rm --force web";
+
+/// Flags of `microvm rm`.
+#[derive(Args)]
+#[command(after_help = RM_HELP)]
+pub struct RmArgs {
+    /// Kill one that runs
+    #[arg(short, long)]
+    force: bool,
+    /// Containers: a name, an id or the first digits of it
+    #[arg(required = true, value_name = "CONTAINER")]
+    containers: Vec<String>,
+}
+
+const PRUNE_HELP: &str = "Exit status:
+  0  done, also where there was nothing to remove
+  1  one cannot be removed
+  2  wrong usage
+
+Examples:
+  microvm prune --force";
+
+/// Flags of `microvm prune`.
+#[derive(Args)]
+#[command(after_help = PRUNE_HELP)]
+pub struct PruneArgs {
+    /// Do not ask
+    #[arg(short, long)]
+    force: bool,
+}
+
+pub fn run_rm(args: &RmArgs) -> Result<u8, CliError> {
+    let all = Containers::of_user()?;
+    Ok(for_each(&args.containers, |name| {
+        let container = all.find(name)?;
+        if args.force && matches!(container.state()?, State::Running(_)) {
+            close(&container)?;
+        }
+        match remove(&all, &container) {
+            // With its end.
+            Err(ContainerError::NotFound(_)) if container.record.rm => {}
+            removed => drop(removed?),
+        }
+        writeln!(io::stdout(), "{name}")?;
+        Ok(())
+    }))
+}
+
+fn remove(all: &Containers, container: &Container) -> Result<u64, ContainerError> {
+    let bytes = all.remove(container)?;
+    forget_vm(container);
+    Ok(bytes)
+}
+
+pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
+    let all = Containers::of_user()?;
+    let ended: Vec<_> =
+        all.list()?.into_iter().filter(|c| matches!(c.state(), Ok(State::Ended(_)))).collect();
+    if !args.force && !ended.is_empty() && io::stdin().is_terminal() && !confirmed(ended.len())? {
+        return Ok(0);
+    }
+    let (mut freed, mut status) = (0, 0);
+    let mut out = io::stdout().lock();
+    for container in &ended {
+        match remove(&all, container) {
+            Ok(bytes) => {
+                freed += bytes;
+                writeln!(out, "{}", container.record.name)?;
+            }
+            // Somebody else did.
+            Err(ContainerError::NotFound(_)) => {}
+            Err(e) => {
+                super::say(&super::chain(&e));
+                status = 1;
+            }
+        }
+    }
+    writeln!(out, "{} containers removed, {} freed", ended.len(), Size(freed))?;
+    Ok(status)
+}
+
+fn confirmed(count: usize) -> io::Result<bool> {
+    eprint!("Remove {count} ended containers? [y/N] ");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}

@@ -1,0 +1,213 @@
+//! `microvm-init` of a running container, asked from another process of the host (`crate::guest::wire`).
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use crate::control::{Place, base_path};
+use crate::guest::wire::{Kind, PORT, Request, read_frame, write_frame, write_json};
+use crate::guest::{ProcessSpec, TerminalSize};
+use crate::sys::signals::{Signal, Signals};
+use crate::sys::terminal::{self, RawMode};
+
+use super::relay::{self, Finish, Receiver};
+use super::{Container, ContainerError, State};
+
+/// The socket of a container's socket device, in the folder of its control socket.
+pub const SOCKET: &str = "vsock.sock";
+/// A guest that runs answers at once; this is for a host that is busy.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection to a container's `microvm-init`.
+pub struct Agent {
+    name: String,
+    stream: UnixStream,
+}
+
+impl Agent {
+    /// Connects to a container that runs.
+    ///
+    /// # Errors
+    /// It does not run, or its guest does not answer.
+    pub fn connect(container: &Container) -> Result<Self, ContainerError> {
+        let name = container.record.name.clone();
+        if let State::Ended(_) = container.state()? {
+            return Err(ContainerError::NotRunning(name));
+        }
+        match dial(&name) {
+            Ok(stream) => Ok(Self { name, stream }),
+            Err(source) => Err(ContainerError::Agent { name, source }),
+        }
+    }
+
+    /// Asks, and waits until it is done.
+    ///
+    /// # Errors
+    /// The guest refuses, or does not answer.
+    pub fn ask(&mut self, request: &Request) -> Result<(), ContainerError> {
+        self.send(request)?;
+        self.answered()
+    }
+
+    /// Sends a request, whose answer is still to come.
+    ///
+    /// # Errors
+    /// The guest does not take it.
+    pub fn send(&mut self, request: &Request) -> Result<(), ContainerError> {
+        write_json(&mut self.stream, Kind::Request, request).map_err(|e| self.failed(e))
+    }
+
+    /// Waits until a request is done.
+    ///
+    /// # Errors
+    /// The guest refuses, or does not answer.
+    pub fn answered(&mut self) -> Result<(), ContainerError> {
+        let mut bytes = Vec::new();
+        match read_frame(&mut self.stream, &mut bytes) {
+            Ok(Some(Kind::Done)) => Ok(()),
+            Ok(Some(Kind::Failed)) => Err(self.refused(&bytes)),
+            Ok(_) => Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
+            Err(e) => Err(self.failed(e)),
+        }
+    }
+
+    /// Copies what comes as frames of output to `to`, up to the empty one.
+    ///
+    /// # Errors
+    /// The guest refuses or does not go on, or `to` fails.
+    pub fn receive(&mut self, to: &mut impl Write) -> Result<(), ContainerError> {
+        let mut bytes = Vec::new();
+        loop {
+            match read_frame(&mut self.stream, &mut bytes) {
+                Ok(Some(Kind::Output)) if bytes.is_empty() => return self.answered(),
+                Ok(Some(Kind::Output)) => to.write_all(&bytes).map_err(|e| self.failed(e))?,
+                Ok(Some(Kind::Failed)) => return Err(self.refused(&bytes)),
+                Ok(_) => return Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
+                Err(e) => return Err(self.failed(e)),
+            }
+        }
+    }
+
+    /// Copies all of `from` as frames of input, and waits until the guest has taken it.
+    ///
+    /// # Errors
+    /// `from` fails, or the guest refuses or does not go on.
+    pub fn supply(&mut self, from: &mut impl Read) -> Result<(), ContainerError> {
+        let mut bytes = vec![0; crate::guest::wire::MAX_FRAME];
+        loop {
+            let len = from.read(&mut bytes).map_err(|e| self.failed(e))?;
+            let kind = if len == 0 { Kind::InputEnd } else { Kind::Input };
+            write_frame(&mut self.stream, kind, &bytes[..len]).map_err(|e| self.failed(e))?;
+            if len == 0 {
+                // Unpacking takes as long as it takes.
+                self.stream.set_read_timeout(None).map_err(|e| self.failed(e))?;
+                return self.answered();
+            }
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> ContainerError {
+        ContainerError::Agent { name: self.name.clone(), source }
+    }
+
+    fn refused(&self, bytes: &[u8]) -> ContainerError {
+        let failure = relay::failure(bytes);
+        ContainerError::Refused { name: self.name.clone(), message: failure.message, status: failure.status }
+    }
+}
+
+/// The line of docs/vsock.md, and its answer.
+fn dial(name: &str) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(base_path().join(name).join(SOCKET))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    writeln!(stream, "CONNECT {PORT}")?;
+    let mut line = Vec::new();
+    // Byte by byte: what follows is not the line's.
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        if line.len() > 32 || stream.read(&mut byte)? == 0 {
+            return Err(io::Error::other("nothing in the guest listens"));
+        }
+        line.push(byte[0]);
+    }
+    if line.starts_with(b"OK ") { Ok(stream) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
+
+/// Runs another program in a container, with this process's streams, and returns its exit status.
+///
+/// # Errors
+/// The container does not run, the program cannot be run, or this terminal cannot be made its own.
+pub fn exec(container: &Container, process: ProcessSpec) -> Result<u8, ContainerError> {
+    let mut agent = Agent::connect(container)?;
+    let failed = |source| ContainerError::Agent { name: container.record.name.clone(), source };
+    let (input, terminal) = (process.input, process.terminal);
+    // Before there is any other thread, which would have the signals otherwise.
+    let signals = Signals::new().map_err(failed)?;
+    agent.send(&Request::Exec(process))?;
+    let stream = &agent.stream;
+    stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None)).map_err(failed)?;
+    let _raw = terminal.then(RawMode::enter).transpose().map_err(failed)?;
+    if input {
+        let mut stream = stream.try_clone().map_err(failed)?;
+        // It may wait for a key for ever; the process does not wait for it.
+        thread::spawn(move || relay::send_input(&mut stream));
+    }
+    let mut shown = Shown { container, terminal, signals: Some(signals) };
+    match relay::receive(&mut io::BufReader::new(stream), &mut shown) {
+        Finish::Exited(status) => Ok(status),
+        Finish::Failed(failure) => Err(ContainerError::Refused {
+            name: container.record.name.clone(),
+            message: failure.message,
+            status: failure.status,
+        }),
+        // The container has ended, and with it everything in it.
+        Finish::Lost => Ok(137),
+    }
+}
+
+/// Shows what the program prints, and has this process's signals go to it.
+struct Shown<'a> {
+    container: &'a Container,
+    terminal: bool,
+    signals: Option<Signals>,
+}
+
+impl Receiver for Shown<'_> {
+    fn started(&mut self, session: u32) {
+        let Some(signals) = self.signals.take() else { return };
+        let (container, terminal) = (self.container.clone(), self.terminal);
+        // It waits for signals as long as the process is there.
+        thread::spawn(move || pass_signals(signals, &container, session, terminal));
+    }
+
+    fn printed(&mut self, kind: Kind, bytes: &[u8]) {
+        if relay::print(kind, bytes).is_err() {
+            // As any program whose reader has gone.
+            std::process::exit(128 + libc::SIGPIPE);
+        }
+    }
+}
+
+fn pass_signals(mut signals: Signals, container: &Container, session: u32, terminal: bool) {
+    while let Some(signal) = signals.wait() {
+        let request = match signal {
+            Signal::End(signal) => Request::Signal { session, signal },
+            Signal::Resize => match terminal::size().filter(|_| terminal) {
+                Some((columns, rows)) => Request::Resize { session, size: TerminalSize { columns, rows } },
+                None => continue,
+            },
+        };
+        if let Err(e) = Agent::connect(container).and_then(|mut agent| agent.ask(&request)) {
+            log::warn!("{e}");
+        }
+    }
+}
+
+/// Removes what the VM of an ended container left in the folder of its sockets, where it was killed.
+pub fn forget_vm(container: &Container) {
+    if let Err(e) = Place::forget(&container.record.name, &[SOCKET]) {
+        log::warn!("what is left of the container's sockets stays: {e}");
+    }
+}

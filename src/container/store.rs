@@ -1,0 +1,469 @@
+//! The containers of this user, running and ended.
+//!
+//! ```text
+//! containers/ID/record.json   what it is, written once
+//! containers/ID/lock          locked by its VM's process, whose number is in it: who can lock it knows the VM is dead
+//! containers/ID/end.json      how it ended; empty before, and for ever where its process was killed
+//! containers/ID/log.0, log.1  what its program printed
+//! containers/lock             held by who adds or removes
+//! ```
+//!
+//! There is no daemon. A folder is made under a name with a dot and renamed when it is whole, so nobody sees half of one.
+
+use std::any::Any;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, open, unlinkat};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::config::is_name;
+use crate::guest::ProcessSpec;
+use crate::sandbox::{Confined, Folder, Kept, SandboxError};
+use crate::sys::data::data_folder;
+use crate::vmm::{Service, clean_up_at_end};
+
+use super::ContainerError;
+use super::log::{self, LogWriter};
+
+const RECORD: &str = "record.json";
+const LOCK: &str = "lock";
+const END: &str = "end.json";
+/// Digits of an id, as Docker shows them.
+const ID_BYTES: usize = 6;
+/// Killed, as far as anybody knows.
+const KILLED: u8 = 137;
+
+/// What a container is, from its beginning.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Twelve hexadecimal digits.
+    pub id: String,
+    /// What its user calls it.
+    pub name: String,
+    /// The image as it was asked for.
+    pub image: String,
+    /// The image's id.
+    pub image_id: String,
+    /// When it was made.
+    pub created: String,
+    /// Its program.
+    pub process: ProcessSpec,
+    /// What `stop` sends first.
+    pub stop_signal: u8,
+    /// It goes when it ends.
+    pub rm: bool,
+    /// Published ports, as they were given.
+    #[serde(default)]
+    pub ports: Vec<String>,
+    /// Shared folders, as they were given.
+    #[serde(default)]
+    pub volumes: Vec<String>,
+}
+
+/// How a container ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Its exit status.
+    pub status: u8,
+    /// When. Not known of one that was killed.
+    pub time: Option<String>,
+}
+
+/// Whether a container runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its VM's process lives.
+    Running(u32),
+    /// It does not.
+    Ended(Ended),
+}
+
+/// All containers of this user.
+pub struct Containers {
+    folder: PathBuf,
+}
+
+/// A container that is there.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What it is.
+    pub record: Record,
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> ContainerError {
+    move |source| ContainerError::Store { path: path.into(), source }
+}
+
+/// Twelve random digits.
+///
+/// # Panics
+/// Never: the kernel has random bytes from the first moment of user space on.
+#[must_use]
+pub fn new_id() -> String {
+    let mut bytes = [0; ID_BYTES];
+    // Fewer bytes than 256 come at once (getrandom(2)).
+    let _ = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty());
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Containers {
+    /// This user's. The folder need not be there yet.
+    ///
+    /// # Errors
+    /// The user has no home.
+    pub fn of_user() -> Result<Self, ContainerError> {
+        Ok(Self { folder: data_folder().ok_or(ContainerError::NoPlace)?.join("containers") })
+    }
+
+    /// Adds a container, which runs from then on until what this returns is dropped or its process ends.
+    ///
+    /// # Errors
+    /// Its name is another one's, or the disk fails.
+    pub fn add(&self, record: &Record) -> Result<Claim, ContainerError> {
+        if !is_name(&record.name) {
+            return Err(ContainerError::Name(record.name.clone()));
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).map_err(failed(&self.folder))?;
+        let _guard = self.lock()?;
+        self.sweep()?;
+        if self.list()?.iter().any(|c| c.record.name == record.name || c.record.id == record.name) {
+            return Err(ContainerError::NameTaken(record.name.clone()));
+        }
+        let new = self.folder.join(format!(".{}", record.id));
+        let folder = self.folder.join(&record.id);
+        let made = Claim::make(&new, record).and_then(|files| {
+            fs::rename(&new, &folder)?;
+            let open = |path| open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+            let (own, all) = (open(&folder)?, open(&self.folder)?);
+            Ok((files, own, all))
+        });
+        match made {
+            Ok(((lock, end, log), own, all)) => Ok(Claim {
+                folder: folder.clone(),
+                lock,
+                end,
+                log,
+                leavings: Leavings { path: folder, folder: own, all, id: record.id.clone() },
+            }),
+            Err(e) => {
+                let _ = fs::remove_dir_all(&new);
+                Err(failed(&folder)(e))
+            }
+        }
+    }
+
+    /// All containers, the newest first.
+    ///
+    /// # Errors
+    /// The folder is there and cannot be read.
+    pub fn list(&self) -> Result<Vec<Container>, ContainerError> {
+        let entries = match fs::read_dir(&self.folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed(&self.folder))?,
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let folders = names.filter(|name| !name.starts_with('.') && name != LOCK);
+        // One that is being removed meanwhile is none.
+        let mut all: Vec<_> = folders.filter_map(|name| self.read(&name)).collect();
+        all.sort_by(|a, b| (&b.record.created, &b.record.id).cmp(&(&a.record.created, &a.record.id)));
+        Ok(all)
+    }
+
+    fn read(&self, id: &str) -> Option<Container> {
+        let folder = self.folder.join(id);
+        let text = fs::read(folder.join(RECORD)).ok()?;
+        Some(Container { folder, record: serde_json::from_slice(&text).ok()? })
+    }
+
+    /// The container of this name or id, or whose id begins so.
+    ///
+    /// # Errors
+    /// There is none, or there are several.
+    pub fn find(&self, text: &str) -> Result<Container, ContainerError> {
+        let all = self.list()?;
+        if let Some(found) = all.iter().find(|c| c.record.name == text || c.record.id == text) {
+            return Ok(found.clone());
+        }
+        let mut found = all.iter().filter(|c| !text.is_empty() && c.record.id.starts_with(text));
+        match (found.next(), found.next()) {
+            (Some(container), None) => Ok(container.clone()),
+            (Some(_), Some(_)) => Err(ContainerError::Ambiguous(text.into())),
+            (None, _) => Err(ContainerError::NotFound(text.into())),
+        }
+    }
+
+    /// Removes an ended container, and says how many bytes it had.
+    ///
+    /// # Errors
+    /// It runs, or the disk fails.
+    pub fn remove(&self, container: &Container) -> Result<u64, ContainerError> {
+        let _guard = self.lock()?;
+        self.remove_locked(container)
+    }
+
+    fn remove_locked(&self, container: &Container) -> Result<u64, ContainerError> {
+        if let State::Running(_) = container.state()? {
+            return Err(ContainerError::Running(container.record.name.clone()));
+        }
+        let gone = self.folder.join(format!(".{}", container.record.id));
+        match fs::rename(&container.folder, &gone) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(ContainerError::NotFound(container.record.name.clone()));
+            }
+            renamed => renamed.map_err(failed(&container.folder))?,
+        }
+        let entries = fs::read_dir(&gone).map_err(failed(&gone))?;
+        let bytes = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len())).sum();
+        fs::remove_dir_all(&gone).map_err(failed(&gone))?;
+        Ok(bytes)
+    }
+
+    /// Removes what killed processes left: unfinished folders, and containers that were to go when they ended.
+    fn sweep(&self) -> Result<(), ContainerError> {
+        let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
+        for entry in entries.flatten() {
+            // Nobody adds or removes now, so it is nobody's.
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        for container in self.list()?.into_iter().filter(|c| c.record.rm) {
+            match self.remove_locked(&container) {
+                Ok(_) | Err(ContainerError::Running(_) | ContainerError::NotFound(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<File, ContainerError> {
+        let path = self.folder.join(LOCK);
+        let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = file.map_err(failed(&path))?;
+        flock(&file, FlockOperation::LockExclusive).map_err(|e| failed(&path)(e.into()))?;
+        Ok(file)
+    }
+}
+
+impl Container {
+    /// Whether it runs now.
+    ///
+    /// # Errors
+    /// It has been removed, or the disk fails.
+    pub fn state(&self) -> Result<State, ContainerError> {
+        let mut lock = self.open(LOCK)?;
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => {
+                let mut pid = String::new();
+                lock.read_to_string(&mut pid).map_err(failed(&self.folder))?;
+                Ok(State::Running(pid.trim().parse().unwrap_or(0)))
+            }
+            Err(e) => Err(failed(&self.folder)(e.into())),
+            Ok(()) => self.ended(&mut self.open(END)?).map(State::Ended),
+        }
+    }
+
+    /// Waits until it has ended, and says how.
+    ///
+    /// # Errors
+    /// It has been removed, or the disk fails.
+    pub fn wait(&self) -> Result<Ended, ContainerError> {
+        // Opened now: one that goes with its end takes the name of this file along.
+        let mut end = self.open(END)?;
+        let lock = self.open(LOCK)?;
+        loop {
+            match flock(&lock, FlockOperation::LockShared) {
+                Ok(()) => return self.ended(&mut end),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(failed(&self.folder)(e.into())),
+            }
+        }
+    }
+
+    fn open(&self, name: &str) -> Result<File, ContainerError> {
+        File::open(self.folder.join(name)).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => ContainerError::NotFound(self.record.name.clone()),
+            _ => failed(&self.folder)(e),
+        })
+    }
+
+    fn ended(&self, end: &mut File) -> Result<Ended, ContainerError> {
+        let mut text = Vec::new();
+        end.read_to_end(&mut text).map_err(failed(&self.folder))?;
+        // Nothing was written, or not all.
+        Ok(serde_json::from_slice(&text).unwrap_or(Ended { status: KILLED, time: None }))
+    }
+}
+
+/// A container that this process runs.
+pub struct Claim {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Held as long as the container runs.
+    pub lock: File,
+    /// For [`record_end`].
+    pub end: File,
+    /// Its log.
+    pub log: LogWriter,
+    /// What removes it.
+    pub leavings: Leavings,
+}
+
+impl Claim {
+    fn make(folder: &Path, record: &Record) -> io::Result<(File, File, LogWriter)> {
+        DirBuilder::new().mode(0o700).create(folder)?;
+        let create =
+            |name| OpenOptions::new().write(true).create_new(true).mode(0o600).open(folder.join(name));
+        create(RECORD)?.write_all(&serde_json::to_vec_pretty(record)?)?;
+        let lock = create(LOCK)?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        Ok((lock, create(END)?, LogWriter::create(folder)?))
+    }
+}
+
+/// Says in a container's lock which process runs it: this one, after it may have forked.
+///
+/// # Errors
+/// The disk is full.
+pub fn set_process(mut lock: &File) -> io::Result<()> {
+    lock.write_all(std::process::id().to_string().as_bytes())
+}
+
+/// Writes down how a container ended.
+///
+/// # Errors
+/// The disk is full.
+pub fn record_end(mut end: &File, status: u8) -> io::Result<()> {
+    let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+    end.write_all(&serde_json::to_vec(&Ended { status, time: Some(time) })?)
+}
+
+impl Service for Leavings {
+    fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
+        kept.add("the container's folder", &self.folder);
+        kept.add("the folder of all containers", &self.all);
+        let all = self.path.parent().unwrap_or(Path::new("/"));
+        vec![Folder::Files(self.path.clone()), Folder::Folders(all.into())]
+    }
+
+    fn start(self: Box<Self>, confined: Confined) -> Result<Box<dyn Any>, SandboxError> {
+        clean_up_at_end(confined, "container", RemovedWhenDropped(*self))
+    }
+}
+
+struct RemovedWhenDropped(Leavings);
+
+impl Drop for RemovedWhenDropped {
+    fn drop(&mut self) {
+        self.0.remove();
+    }
+}
+
+/// Removes a container's folder at the end of its VM, from within a process that may remove files there and nothing else.
+#[derive(Debug)]
+pub struct Leavings {
+    path: PathBuf,
+    folder: OwnedFd,
+    all: OwnedFd,
+    id: String,
+}
+
+impl Leavings {
+    /// Removes it.
+    pub fn remove(&self) {
+        // Its record first: without that it is no container any more.
+        for name in [RECORD, END, LOCK].iter().chain(&log::FILES) {
+            let _ = unlinkat(&self.folder, *name, AtFlags::empty());
+        }
+        let _ = unlinkat(&self.all, &self.id, AtFlags::REMOVEDIR);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Containers) {
+        let dir = tempfile::tempdir().unwrap();
+        let containers = Containers { folder: dir.path().join("containers") };
+        (dir, containers)
+    }
+
+    fn record(name: &str) -> Record {
+        let process = serde_json::from_str(r#"{"args": ["true"]}"#).unwrap();
+        Record {
+            id: new_id(),
+            name: name.into(),
+            image: "box".into(),
+            image_id: "0".into(),
+            created: humantime::format_rfc3339_nanos(SystemTime::now()).to_string(),
+            process,
+            stop_signal: 15,
+            rm: false,
+            ports: Vec::new(),
+            volumes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_container_runs_as_long_as_its_claim_and_ends_with_its_status() {
+        let (_dir, containers) = store();
+        assert!(containers.list().unwrap().is_empty());
+        let claim = containers.add(&record("web")).unwrap();
+        set_process(&claim.lock).unwrap();
+        let container = containers.find("web").unwrap();
+        assert_eq!(container.state().unwrap(), State::Running(std::process::id()));
+        assert!(matches!(containers.remove(&container), Err(ContainerError::Running(_))));
+        assert!(matches!(containers.add(&record("web")), Err(ContainerError::NameTaken(_))));
+        record_end(&claim.end, 3).unwrap();
+        drop(claim);
+        assert_eq!(container.wait().unwrap().status, 3);
+        assert!(containers.remove(&container).unwrap() > 0);
+        assert!(matches!(containers.find("web"), Err(ContainerError::NotFound(_))));
+    }
+
+    #[test]
+    fn one_whose_process_was_killed_is_dead() {
+        let (_dir, containers) = store();
+        drop(containers.add(&record("web")).unwrap());
+        let container = containers.find("web").unwrap();
+        assert_eq!(container.state().unwrap(), State::Ended(Ended { status: KILLED, time: None }));
+    }
+
+    #[test]
+    fn names_ids_and_beginnings_of_ids_find_it() {
+        let (_dir, containers) = store();
+        let (mut a, mut b) = (record("a"), record("b"));
+        (a.id, b.id) = ("abc111111111".into(), "abd111111111".into());
+        let _claims = [containers.add(&a).unwrap(), containers.add(&b).unwrap()];
+        assert_eq!(containers.find("a").unwrap().record.id, a.id);
+        assert_eq!(containers.find("abd").unwrap().record.id, b.id);
+        assert!(matches!(containers.find("ab"), Err(ContainerError::Ambiguous(_))));
+        assert!(matches!(containers.find(""), Err(ContainerError::NotFound(_))));
+        let ids: Vec<_> = containers.list().unwrap().into_iter().map(|c| c.record.name).collect();
+        assert_eq!(ids, ["b", "a"]);
+    }
+
+    #[test]
+    fn leavings_go() {
+        let (_dir, containers) = store();
+        let claim = containers.add(&record("a")).unwrap();
+        claim.leavings.remove();
+        assert!(containers.list().unwrap().is_empty() && !claim.folder.exists());
+        // What a killed process left: half a container, and one that was to go.
+        fs::create_dir(containers.folder.join(".half")).unwrap();
+        drop(containers.add(&Record { rm: true, ..record("b") }).unwrap());
+        let _claim = containers.add(&record("c")).unwrap();
+        let names: Vec<_> = containers.list().unwrap().into_iter().map(|c| c.record.name).collect();
+        assert_eq!(names, ["c"]);
+        assert!(!containers.folder.join(".half").exists());
+    }
+}

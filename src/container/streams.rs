@@ -1,0 +1,193 @@
+//! The streams of a container's program, in the process of its VM: to standard output and error and to the log, from
+//! standard input; and the signals that come for this process.
+
+use std::any::Any;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use crate::guest::TerminalSize;
+use crate::guest::wire::{Kind, MAIN_SESSION, PORT, Request, write_json};
+use crate::sandbox::{Confined, Folder, Kept, SandboxError, ThreadKind};
+use crate::sys::daemon::Ready;
+use crate::sys::terminal::{self, RawMode};
+use crate::vmm::{Service, SignalSink, Vmm};
+
+use super::log::LogWriter;
+use super::relay::{self, Finish, Receiver};
+
+/// They relay; what they hold is on the heap.
+const STACK: usize = 128 << 10;
+/// A reader of its output has gone away (SIGPIPE).
+const PIPE: u8 = libc::SIGPIPE as u8;
+
+/// What a program's streams are on the host.
+pub struct StreamOptions {
+    /// Standard input is the program's.
+    pub input: bool,
+    /// Standard input is a terminal, and so is the program's.
+    pub terminal: bool,
+    /// Standard output and error show what it prints. Else only the log has it.
+    pub attached: bool,
+    /// Who waits until the program runs.
+    pub ready: Option<Ready>,
+}
+
+/// The streams, before the VM runs.
+pub struct Streams {
+    options: StreamOptions,
+    log: LogWriter,
+    frames: UnixStream,
+    requests: Arc<Requests>,
+}
+
+/// Requests to the guest, for this process.
+struct Requests {
+    stream: UnixStream,
+    /// The guest has said that the program runs.
+    started: AtomicBool,
+}
+
+impl Streams {
+    /// Connects the program of the VM that is built.
+    ///
+    /// # Errors
+    /// It has no socket device, or no descriptor is left.
+    pub fn connect(vmm: &mut Vmm, options: StreamOptions, log: LogWriter) -> io::Result<Self> {
+        let (frames, its_frames) = UnixStream::pair()?;
+        let (requests, its_requests) = UnixStream::pair()?;
+        // A guest that takes none must not stop this process.
+        requests.set_nonblocking(true)?;
+        vmm.meet_guest(PORT, its_frames)?;
+        vmm.meet_guest(PORT, its_requests)?;
+        let requests = Arc::new(Requests { stream: requests, started: AtomicBool::new(false) });
+        vmm.pass_signals_to(Box::new(Signals { requests: requests.clone(), terminal: options.terminal }));
+        Ok(Self { options, log, frames, requests })
+    }
+}
+
+impl Requests {
+    /// Sends a request, if the guest takes it now. It answers, but what it could say changes nothing: the answers are
+    /// thrown away, so that there is room for the next.
+    fn send(&self, request: &Request) -> bool {
+        let mut answers = [0; 512];
+        while (&self.stream).read(&mut answers).is_ok_and(|len| len > 0) {}
+        // In one piece, or not at all: it is far shorter than what a socket takes.
+        write_json(&mut &self.stream, Kind::Request, request).is_ok()
+    }
+
+    fn signal(&self, signal: u8) -> bool {
+        self.started.load(Ordering::Acquire) && self.send(&Request::Signal { session: MAIN_SESSION, signal })
+    }
+}
+
+/// Signals of this process become the program's.
+struct Signals {
+    requests: Arc<Requests>,
+    terminal: bool,
+}
+
+impl SignalSink for Signals {
+    fn signal(&self, number: u8) -> bool {
+        self.requests.signal(number)
+    }
+
+    fn resized(&self) {
+        if let Some((columns, rows)) = terminal::size().filter(|_| self.terminal) {
+            let size = TerminalSize { columns, rows };
+            self.requests.send(&Request::Resize { session: MAIN_SESSION, size });
+        }
+    }
+}
+
+impl Service for Streams {
+    fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
+        kept.add("the program's streams", &self.frames);
+        kept.add("requests to the guest", &self.requests.stream);
+        self.log.keep(kept);
+        if let Some(ready) = &self.options.ready {
+            kept.add("who waits for the program", ready);
+        }
+        Vec::new()
+    }
+
+    fn start(self: Box<Self>, confined: Confined) -> Result<Box<dyn Any>, SandboxError> {
+        let Self { options, log, frames, requests } = *self;
+        let failed = |source| SandboxError::Thread { thread: "the program's streams".into(), source };
+        let raw = options.terminal.then(RawMode::enter).transpose().map_err(failed)?;
+        if options.input {
+            let mut input = frames.try_clone().map_err(failed)?;
+            // It may wait for a key for ever; the process does not wait for it.
+            confined.spawn(ThreadKind::Streams, "input".into(), STACK, move || relay::send_input(&mut input))?;
+        }
+        let stream = frames.try_clone().map_err(failed)?;
+        let mut printer = Printer { log: Some(log), attached: options.attached, ready: options.ready, requests };
+        let thread = confined.spawn(ThreadKind::Streams, "output".into(), STACK, move || {
+            let mut frames = io::BufReader::new(frames);
+            let finish = relay::receive(&mut frames, &mut printer);
+            printer.finish(finish);
+            // The guest waits for this before it ends the VM.
+            let _ = frames.get_ref().shutdown(Shutdown::Both);
+        })?;
+        Ok(Box::new(Serving { stream, thread: Some(thread), _raw: raw }))
+    }
+}
+
+/// Streams that are served.
+struct Serving {
+    stream: UnixStream,
+    thread: Option<JoinHandle<Option<()>>>,
+    _raw: Option<RawMode>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // The VM has ended, so nothing more comes; what has come is passed on.
+        let _ = self.stream.shutdown(Shutdown::Write);
+        if let Some(thread) = self.thread.take() {
+            // It only fails where the thread panicked, which has been told.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Has what the program prints.
+struct Printer {
+    /// Until it cannot be written any more.
+    log: Option<LogWriter>,
+    attached: bool,
+    ready: Option<Ready>,
+    requests: Arc<Requests>,
+}
+
+impl Receiver for Printer {
+    fn started(&mut self, _session: u32) {
+        self.requests.started.store(true, Ordering::Release);
+        self.ready.take().into_iter().for_each(Ready::tell);
+    }
+
+    fn printed(&mut self, kind: Kind, bytes: &[u8]) {
+        if let Some(log) = &mut self.log
+            && let Err(e) = log.add(kind, bytes)
+        {
+            log::warn!("the container's log ends here: {e}");
+            self.log = None;
+        }
+        if self.attached && relay::print(kind, bytes).is_err() {
+            // As a program learns that writes to a pipe without a reader.
+            self.attached = false;
+            self.requests.signal(PIPE);
+        }
+    }
+}
+
+impl Printer {
+    fn finish(&mut self, finish: Finish) {
+        if let Finish::Failed(failure) = finish {
+            let _ = writeln!(io::stderr(), "microvm: {}", failure.message);
+        }
+    }
+}
