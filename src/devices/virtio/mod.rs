@@ -39,7 +39,7 @@ pub use interrupt::Interrupt;
 pub use pause::WorkerControl;
 pub use queue::{MAX_QUEUE_SIZE, Queue, QueueError, QueueSetup};
 pub use transport::{MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VmmThread, VmmThreadJobs};
-pub use worker::{NotStarted, Served, Worker};
+pub use worker::{EACH_SIGNAL, NotStarted, Served, Worker};
 
 /// `VIRTIO_F_INDIRECT_DESC` (§6).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

@@ -30,6 +30,10 @@ pub trait Served: Send + 'static {
     fn stop(&mut self) {}
 }
 
+/// How to wait for an event descriptor that nobody has to read: told once for each signal, or once for several that came
+/// together. What is signalled from the look at it on is told anew.
+pub const EACH_SIGNAL: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
+
 const CONTROL: u64 = u64::MAX;
 /// Enough for a device's call depth and the largest header on the stack.
 const STACK: usize = 256 << 10;

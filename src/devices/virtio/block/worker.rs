@@ -15,7 +15,7 @@ use crate::devices::timer::Timer;
 use crate::sys::file_io::{Action, Buffers};
 use crate::vm::Memory;
 
-use super::super::{ActiveQueue, Chain, Interrupt, QueueError, Served, slice};
+use super::super::{ActiveQueue, Chain, EACH_SIGNAL, Interrupt, QueueError, Served, slice};
 use super::counters::BlockCounters;
 use super::engine::{Engine, Operation};
 use super::image::Image;
@@ -459,8 +459,8 @@ impl Pending {
 impl Served for BlockWorker {
     fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
         vec![
-            (self.queue.notify.as_raw_fd(), EventSet::IN, NOTIFIED),
-            (self.done.as_raw_fd(), EventSet::IN, ENDED),
+            (self.queue.notify.as_raw_fd(), EACH_SIGNAL, NOTIFIED),
+            (self.done.as_raw_fd(), EACH_SIGNAL, ENDED),
             (self.timer.as_raw_fd(), EventSet::IN, TIME),
         ]
     }
@@ -468,7 +468,6 @@ impl Served for BlockWorker {
     fn event(&mut self, token: u64, _ready: EventSet, _epoll: &Epoll) {
         match token {
             ENDED => {
-                let _ = self.done.read();
                 if let Err(e) = self.give_back() {
                     self.interrupt.needs_reset(&self.shared.id, &e);
                 }
@@ -477,7 +476,7 @@ impl Served for BlockWorker {
                 }
             }
             TIME => self.timer.acknowledge(),
-            _ => drop(self.queue.notify.read()),
+            _ => {}
         }
         self.serve();
     }

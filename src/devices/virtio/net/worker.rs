@@ -8,7 +8,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::vm::Memory;
 
-use super::super::{Interrupt, QueueError, Served};
+use super::super::{EACH_SIGNAL, Interrupt, QueueError, Served};
 use super::backend::Sent;
 use super::card::Shared;
 use super::commands::Commands;
@@ -276,8 +276,8 @@ impl NetWorker {
 impl Served for NetWorker {
     fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
         let mut events = vec![
-            (self.rx.queue.notify.as_raw_fd(), EventSet::IN, RX_NOTIFY),
-            (self.tx.queue.notify.as_raw_fd(), EventSet::IN, TX_NOTIFY),
+            (self.rx.queue.notify.as_raw_fd(), EACH_SIGNAL, RX_NOTIFY),
+            (self.tx.queue.notify.as_raw_fd(), EACH_SIGNAL, TX_NOTIFY),
             (self.host.rx_limit.as_raw_fd(), EventSet::IN, RX_TIMER),
             (self.host.tx_limit.as_raw_fd(), EventSet::IN, TX_TIMER),
         ];
@@ -290,8 +290,6 @@ impl Served for NetWorker {
 
     fn event(&mut self, token: u64, ready: EventSet, epoll: &Epoll) {
         match token {
-            RX_NOTIFY => drop(self.rx.queue.notify.read()),
-            TX_NOTIFY => drop(self.tx.queue.notify.read()),
             RX_TIMER => self.host.rx_limit.is_over(),
             TX_TIMER => self.host.tx_limit.is_over(),
             SWITCH => self.host.switch.iter().for_each(|switch| switch.acknowledge()),

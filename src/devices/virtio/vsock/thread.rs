@@ -12,7 +12,7 @@ use crate::sandbox::ThreadKind;
 use crate::vm::Memory;
 
 use super::super::{
-    ActivateError, Activation, ActiveQueue, Chain, Interrupt, QueueError, Served, take_queue,
+    ActivateError, Activation, ActiveQueue, Chain, EACH_SIGNAL, Interrupt, QueueError, Served, take_queue,
 };
 use super::NAME;
 use super::credit::BUF_ALLOC;
@@ -80,8 +80,8 @@ impl Served for VsockThread {
 
     fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
         vec![
-            (self.rx.notify.as_raw_fd(), EventSet::IN, RX),
-            (self.tx.notify.as_raw_fd(), EventSet::IN, TX),
+            (self.rx.notify.as_raw_fd(), EACH_SIGNAL, RX),
+            (self.tx.notify.as_raw_fd(), EACH_SIGNAL, TX),
             (self.muxer.listener().as_raw_fd(), EventSet::IN, LISTENER),
             (self.timer.as_raw_fd(), EventSet::IN, TIMER),
         ]
@@ -91,11 +91,8 @@ impl Served for VsockThread {
         self.muxer.counters().wakeups.increment();
         let mut served = Ok(());
         match token {
-            RX => drop(self.rx.notify.read()),
-            TX => {
-                let _ = self.tx.notify.read();
-                served = self.serve_tx(epoll);
-            }
+            RX => {}
+            TX => served = self.serve_tx(epoll),
             LISTENER => self.accept(epoll),
             TIMER => self.tick(epoll),
             stream => self.muxer.stream_event(stream, ready),
