@@ -7,12 +7,15 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::{ActiveQueue, Chain, QueueError, Segment};
-use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, scatter};
+use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, is_gone, scatter};
 use super::worker::Context;
 use super::{F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, F_MTU, NetCounters};
 
 /// Pieces of memory held at once, below the kernel's limit of 1024 with those of one more chain.
 const MAX_HELD: usize = 512;
+/// How long nothing is received after an error that is not the end. It may have been about one frame, as of the tap's when
+/// the kernel cannot say what it is in virtio's words, or come again at once, which must not keep the thread awake.
+const RETRY: Duration = Duration::from_millis(10);
 /// Where the header counts the buffers of a frame.
 const NUM_BUFFERS: usize = 10;
 
@@ -131,10 +134,9 @@ impl Rx {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 return Ok(Some(RxEnd::Idle));
             }
-            // Anything else comes again and again: better no link than a thread that never sleeps.
-            Err(_) => {
+            Err(e) => {
                 counters.rx_errors.increment();
-                return Ok(Some(RxEnd::Gone));
+                return Ok(Some(if is_gone(&e) { RxEnd::Gone } else { RxEnd::Throttled(RETRY) }));
             }
         }
         Ok(None)

@@ -314,6 +314,24 @@ fn errors_of_one_frame_are_counted_and_no_end() {
     assert_eq!(s.counters.tx_packets.get(), 1);
 }
 
+/// An error that comes back at once is no reason to spin either.
+#[test]
+fn errors_of_receiving_are_tried_again_and_no_end() {
+    for errno in [libc::EIO, libc::EINVAL, libc::ENOMEM, libc::EFAULT] {
+        let mut s = setup(u64::MAX);
+        s.error.store(errno as u64, Ordering::SeqCst);
+        let room = s.driver.buffer(2000);
+        s.driver.offer(0, &[], &[room]);
+        s.network.send(&frame(60)).unwrap();
+        s.driver.wait("it gives up", |_| (s.counters.rx_errors.get() >= 3).then_some(()));
+        assert_idle();
+        s.error.store(0, Ordering::SeqCst);
+        assert_eq!(s.driver.wait_used(0).1, 72, "{errno}");
+        assert_eq!(link(&mut s.driver), 1);
+        assert_receives(&mut s);
+    }
+}
+
 /// The link's state in the configuration space, at 0x100 + 6.
 fn link(driver: &mut Driver) -> u32 {
     driver.read(0x104) >> 16
@@ -321,10 +339,10 @@ fn link(driver: &mut Driver) -> u32 {
 
 #[test]
 fn a_tap_that_vanishes_takes_the_link_down() {
-    for (errno, by_sending) in [(libc::EBADFD, true), (libc::EBADFD, false), (libc::EIO, false)] {
+    for by_sending in [true, false] {
         let mut s = setup(u64::MAX);
         assert_eq!(link(&mut s.driver), 1);
-        s.error.store(errno as u64, Ordering::SeqCst);
+        s.error.store(libc::EBADFD as u64, Ordering::SeqCst);
         let buffer = s.driver.filled(&frame(60));
         if by_sending {
             s.driver.offer(1, &[buffer], &[]);
@@ -722,4 +740,48 @@ fn pairs_share_the_limit_of_the_card() {
     p.driver.wait("nobody waits for the limit", |_| (p.counters.throttled.get() > 0).then_some(()));
     assert_eq!(p.counters.tx_packets.get(), 1);
     p.driver.wait_used(3);
+}
+
+/// The threads of two pairs raise one interrupt, as their driver, which sleeps between, takes frames from both and sends by
+/// both: none is lost, and no notification either.
+#[test]
+fn pairs_that_share_an_interrupt_lose_none() {
+    const FRAMES: usize = 20_000;
+    const WINDOW: usize = 8;
+    let mut p = pairs(5, u64::MAX, None);
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    let (out, rooms) = (p.driver.filled(&frame(60)), [0, 1].map(|_| p.driver.buffer(2000)));
+    let receive = |network: &UnixDatagram| (0..FRAMES).for_each(|_| _ = network.recv(&mut [0; 256]).unwrap());
+    let send = |network: &UnixDatagram| (0..FRAMES).for_each(|_| _ = network.send(&frame(60)).unwrap());
+    std::thread::scope(|scope| {
+        for network in &p.networks {
+            // Where a driver's test has ended, its network's does.
+            network.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+            scope.spawn(move || receive(network));
+            scope.spawn(move || send(network));
+        }
+        // By queue, received and sent in turn.
+        let (mut left, mut under_way) = ([FRAMES; 4], [0; 4]);
+        while left != [0; 4] {
+            let mut is_idle = true;
+            for queue in 0..4 {
+                while p.driver.try_used(queue).is_some() {
+                    (left[queue], under_way[queue], is_idle) = (left[queue] - 1, under_way[queue] - 1, false);
+                }
+                while under_way[queue] < WINDOW.min(left[queue]) {
+                    let room = &[rooms[queue / 2]][..];
+                    let (readable, writable) =
+                        if queue % 2 == 0 { (&[][..], room) } else { (&[out][..], &[][..]) };
+                    p.driver.post(queue, readable, writable);
+                    p.driver.notify_where_asked(queue);
+                    under_way[queue] += 1;
+                }
+            }
+            if is_idle && left != [0; 4] {
+                p.driver.wait_interrupt();
+            }
+        }
+    });
+    assert_eq!(p.counters.rx_packets.get(), 2 * FRAMES as u64);
+    assert_eq!(p.counters.tx_packets.get(), 2 * FRAMES as u64);
 }
