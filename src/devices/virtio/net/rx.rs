@@ -89,7 +89,9 @@ impl Rx {
             let wanted = self.pending.map_or(self.wanted, |p| p.len);
             self.hold(memory, wanted)?;
             if self.held.is_empty() || self.pending.is_some_and(|p| p.len > self.capacity) {
-                self.drop_endless(context.counters);
+                if self.drop_endless(context.counters) {
+                    continue;
+                }
                 self.queue.queue.publish_to(memory, interrupt)?;
                 if self.queue.queue.enable_notify(memory)? {
                     continue;
@@ -208,11 +210,13 @@ impl Rx {
         Ok(())
     }
 
-    /// A frame for which as many buffers as can be held at once are too small never fits.
-    fn drop_endless(&mut self, counters: &NetCounters) {
-        if self.segments.len() >= MAX_HELD && self.pending.take().is_some() {
+    /// A frame for which as many buffers as can be held at once are too small never fits. Says whether there was one.
+    fn drop_endless(&mut self, counters: &NetCounters) -> bool {
+        let is_endless = self.segments.len() >= MAX_HELD && self.pending.take().is_some();
+        if is_endless {
             counters.rx_dropped.increment();
         }
+        is_endless
     }
 
     /// Puts back what was taken and not filled, last first.

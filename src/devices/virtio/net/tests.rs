@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::{Driver, Rig};
 use super::super::{F_VERSION_1, Segment};
@@ -248,6 +248,34 @@ fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
     s.network.send(&frame(60)).unwrap();
     assert_eq!(s.driver.wait_used(0).1, 72);
     assert_eq!(s.driver.bytes(buffer)[10..12], [1, 0]);
+}
+
+/// As many pieces as can be held at once are too small for a frame: it is dropped, and the next one is received though the
+/// driver has nothing more to say.
+#[test]
+fn a_frame_that_never_fits_is_dropped_and_holds_nothing_up() {
+    const PIECES: u16 = 256;
+    let (tap, network) = fake_tap();
+    let net = card(Box::new(tap), None);
+    let counters = net.counters.clone();
+    let mut driver = Driver::start(Box::new(net), &[PIECES, 16]);
+    for head in 0..2 {
+        let (room, table) = (driver.buffer(16 * u32::from(PIECES)), driver.buffer(16 * u32::from(PIECES)));
+        for index in 0..PIECES {
+            // Flags and the next one's index behind address and length.
+            let flags = if index + 1 < PIECES { 3_u64 } else { 2 };
+            let piece = [room.0 + 16 * u64::from(index), 16 | flags << 32 | u64::from(index + 1) << 48];
+            let at = GuestAddress(table.0 + 16 * u64::from(index));
+            driver.memory.guest().write_obj(piece, at).unwrap();
+        }
+        driver.descriptor(0, head, table, 4, 0);
+        driver.make_available(0, head);
+    }
+    driver.notify(0);
+    network.send(&frame(10_000)).unwrap();
+    network.send(&frame(60)).unwrap();
+    assert_eq!(driver.wait_used(0), (0, 72));
+    assert_eq!((counters.rx_dropped.get(), counters.rx_packets.get()), (1, 1));
 }
 
 #[test]
