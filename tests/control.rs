@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -419,14 +419,24 @@ fn a_folder_that_others_can_change_is_not_used() {
     fs::create_dir(&base).unwrap();
     fs::set_permissions(&base, fs::Permissions::from_mode(0o777)).unwrap();
     assert_fails(&boot(&["--name", "a"]), 1, &[base.to_str().unwrap(), "--control"]);
-    assert_fails(&station.run(&["ps"]), 1, &[base.to_str().unwrap()]);
+    // Whoever made it could answer in a VM's place.
+    for client in [&["ps"][..], &["ctl", "a", "state"]] {
+        assert_fails(&station.run(client), 1, &[base.to_str().unwrap(), "open to others"]);
+    }
     // A VM that nobody gave a name runs without a socket.
     let output = boot(&[]);
     assert_eq!(output.status.code(), Some(0));
     assert!(stderr(&output).contains("no control socket"), "{}", stderr(&output));
+    // Root alone gives folders away.
+    fs::set_permissions(&base, fs::Permissions::from_mode(0o700)).unwrap();
+    if chown(&base, Some(65534), None).is_ok() {
+        assert_fails(&boot(&["--name", "a"]), 1, &[base.to_str().unwrap(), "another user's"]);
+        assert_fails(&station.run(&["ctl", "a", "state"]), 1, &[base.to_str().unwrap(), "another user's"]);
+    }
     fs::remove_dir(&base).unwrap();
     symlink(station.host.dir.path(), &base).unwrap();
     assert_fails(&boot(&["--name", "a"]), 1, &[base.to_str().unwrap(), "link"]);
+    assert_fails(&station.run(&["ctl", "a", "state"]), 1, &[base.to_str().unwrap(), "link"]);
     fs::remove_file(&base).unwrap();
     // A socket in place of the VM's folder.
     fs::create_dir(&base).unwrap();

@@ -126,7 +126,10 @@ fn measure(job: &Job, vmm: Vmm, work: &Path) -> Result<Cost> {
         guest.run(&setup)?;
     }
     let mut costs = Vec::new();
-    for _ in 0..if is_quick() { 2 } else { RUNS } {
+    let runs = if is_quick() { 2 } else { RUNS };
+    for run in 1..=runs {
+        // It takes minutes: a reader of standard error sees that it goes on.
+        eprintln!("{}: {vmm:?}, run {run} of {runs}", job.name);
         let peer = job.start_peer(vmm)?;
         let (time, exits) = guest.run(&job.words(vmm))?;
         peer.map_or(Ok(()), |p| p.join().map_err(|_| "the host's side panicked")?)?;

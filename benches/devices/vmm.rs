@@ -9,7 +9,7 @@ use std::{env, fs};
 use crate::Result;
 use crate::job::{DISK, Device, NAMESPACE, TAP, VSOCK_CID, VSOCK_SOCKET};
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vmm {
     Microvm,
     Qemu,

@@ -88,7 +88,7 @@ struct Ask {
 
 pub(super) fn run(args: &CtlArgs) -> Result<u8, CliError> {
     let ask = request(&args.action)?;
-    let vm = Client::connect(&args.name, control::socket_path(&args.name))?;
+    let vm = Client::connect(&args.name, control::socket_path(&args.name)?)?;
     let process = matches!(args.action, Action::Stop).then(|| vm.process()).flatten();
     let as_text = matches!(args.action, Action::Metrics) && args.format == Format::Text;
     let accept = if as_text { "text/plain" } else { "application/json" };

@@ -98,7 +98,7 @@ fn describe(container: &Container, vm: &mut Value) {
 
 /// What a VM says of itself, or what can be said of one that says nothing. `None`: it has gone meanwhile.
 fn look_at(name: &str) -> Option<Value> {
-    let answer = Client::connect(name, control::socket_path(name))
+    let answer = Client::connect(name, control::socket_path(name).ok()?)
         .and_then(|vm| vm.ask("GET", "/vm", None, "application/json"));
     match answer {
         Ok(text) => Some(serde_json::from_str(&text).unwrap_or_else(|_| silent(name))),

@@ -229,9 +229,18 @@ pub fn base_path() -> PathBuf {
 }
 
 /// The path of a VM's socket. A name with a slash in it is a path.
-#[must_use]
-pub fn socket_path(name: &str) -> PathBuf {
-    if name.contains('/') { name.into() } else { base_path().join(name).join(SOCKET) }
+///
+/// # Errors
+/// The folder of this user's VMs is another's, who could answer in a VM's place.
+pub fn socket_path(name: &str) -> Result<PathBuf, PlaceError> {
+    if name.contains('/') {
+        return Ok(name.into());
+    }
+    let base = base_path();
+    if base.exists() {
+        check_own(&base, &open_folder(&base)?)?;
+    }
+    Ok(base.join(name).join(SOCKET))
 }
 
 /// The names of VMs that have a socket, living or dead, in alphabetical order.

@@ -312,6 +312,8 @@ const WORKER: &[Rule] = &[
 const VHOST: &[Rule] = &[
     allow(libc::SYS_epoll_wait, "the worker's event loop"),
     allow(libc::SYS_epoll_ctl, "the worker's event loop"),
+    allow(libc::SYS_poll, "is the tap still there"),
+    allow(libc::SYS_ppoll, "is the tap still there"),
     allow_if(
         libc::SYS_ioctl,
         &[Check::Is(

@@ -8,6 +8,7 @@ pub mod event;
 pub mod file_io;
 pub mod guest_iovec;
 pub mod interface;
+pub mod link_changes;
 pub mod lock;
 pub mod mapping;
 pub mod program;

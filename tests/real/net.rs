@@ -9,6 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::common::{Host, assert_fails, power_off, stderr, stdout};
 use super::{boot, boot_with, fact, read_until, sha256, status};
@@ -66,7 +69,11 @@ impl Server {
             block[..8].copy_from_slice(&number.to_le_bytes());
             bytes.extend_from_slice(&block);
         }
-        let listen = |port| TcpListener::bind(("0.0.0.0", port)).unwrap();
+        let listen = |port| {
+            let listener = TcpListener::bind(("0.0.0.0", port)).unwrap();
+            set_socket_timeout(&listener, Timeout::Recv, Some(LONG)).unwrap();
+            listener
+        };
         Self { bytes, web: listen(8000), back: listen(8001) }
     }
 
@@ -76,7 +83,7 @@ impl Server {
 
     /// Answers one request, and takes the answer back.
     pub fn serve(&self) {
-        let (mut stream, _) = self.web.accept().unwrap();
+        let mut stream = accept(&self.web);
         let mut request = BufReader::new(&stream);
         if request.fill_buf().is_ok_and(|bytes| bytes.is_empty()) {
             return;
@@ -88,7 +95,7 @@ impl Server {
             return;
         }
         drop(stream);
-        self.check(self.back.accept().unwrap().0);
+        self.check(accept(&self.back));
     }
 
     /// Reads as much as there was and closes: busybox' nc does not say where its input ends, but sees that.
@@ -105,6 +112,20 @@ impl Server {
             let _ = TcpStream::connect(("127.0.0.1", port));
         }
     }
+}
+
+/// A guest that does not come, or falls silent, ends the test.
+#[track_caller]
+fn accept(listener: &TcpListener) -> TcpStream {
+    let (stream, _) = listener.accept().unwrap_or_else(|e| panic!("the guest does not come: {e}"));
+    bound(&stream);
+    stream
+}
+
+/// Neither reading nor writing takes longer than a VM has.
+fn bound(stream: &TcpStream) {
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream.set_write_timeout(Some(LONG)).unwrap();
 }
 
 /// Reads the lines of a request or an answer up to the empty one.
@@ -128,7 +149,9 @@ fn with_room(mut command: Command) -> Command {
     command
 }
 
+/// What a transfer may take, on either side.
 const TIME: [&str; 2] = ["--timeout", "600s"];
+const LONG: Duration = Duration::from_secs(600);
 
 /// What the card counted, from the file of `--metrics`.
 fn counter(metrics: &Path, name: &str) -> u64 {
@@ -372,9 +395,9 @@ fn passts() -> Vec<PathBuf> {
 /// passt ends by itself once its VM has.
 #[track_caller]
 fn assert_passt_ends() {
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     while !passts().is_empty() {
-        assert!(begin.elapsed() < std::time::Duration::from_secs(20), "passt goes on");
+        assert!(begin.elapsed() < Duration::from_secs(20), "passt goes on");
         thread::yield_now();
     }
 }
@@ -405,6 +428,7 @@ fn user_transfers((name, file, discovery): (&str, &str, &str), address: &str, ke
         // As every client of the web does, this one speaks first: passt of Debian 12 does not complete a connection
         // before (docs/network.md).
         let mut stream = TcpStream::connect("127.0.0.1:8080").unwrap();
+        bound(&stream);
         stream.write_all(b"GET /file HTTP/1.0\r\n\r\n").unwrap();
         let mut stream = BufReader::new(stream);
         read_head(&mut stream);

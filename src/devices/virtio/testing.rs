@@ -1,9 +1,12 @@
 //! A driver for unit tests: plays the guest's side of a device, through the registers that a guest has.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -59,6 +62,8 @@ struct Ring {
     base: u64,
     next_descriptor: u16,
     available: u16,
+    /// `available` as the device last heard of it by [`Driver::notify_where_asked`].
+    told: u16,
     seen_used: u16,
 }
 
@@ -79,6 +84,8 @@ pub struct Driver {
     pub memory: Memory,
     /// Signalled by the device's interrupt.
     pub line: EventFd,
+    /// Waits for `line`.
+    interrupted: Epoll,
     rings: Vec<Ring>,
     next_buffer: u64,
 }
@@ -95,7 +102,10 @@ impl Driver {
         let vmm = VmmThread::inline().unwrap();
         let parts = TransportParts { device, memory: memory.clone(), interrupt, notify, vmm };
         let mmio = MmioTransport::new(Transport::new(parts));
-        Self { mmio, memory, line, rings: Vec::new(), next_buffer: BUFFERS }
+        let interrupted = Epoll::new().unwrap();
+        let event = EpollEvent::new(EventSet::IN, 0);
+        interrupted.ctl(ControlOperation::Add, line.as_raw_fd(), event).unwrap();
+        Self { mmio, memory, line, interrupted, rings: Vec::new(), next_buffer: BUFFERS }
     }
 
     /// A device with a driver that accepted every offered feature and set up queues of these sizes.
@@ -143,7 +153,7 @@ impl Driver {
     /// Gives queue `index` its rings.
     pub fn set_up_queue(&mut self, index: u32, size: u16) {
         let base = RINGS + RING_STEP * u64::from(index);
-        let ring = Ring { size, base, next_descriptor: 0, available: 0, seen_used: 0 };
+        let ring = Ring { size, base, next_descriptor: 0, available: 0, told: 0, seen_used: 0 };
         self.write(0x30, index);
         self.write(0x38, size.into());
         for (register, address) in [(0x80, base), (0x90, ring.available_ring()), (0xa0, ring.used_ring())] {
@@ -235,7 +245,7 @@ impl Driver {
         let index = GuestAddress(ring.available_ring() + 2);
         let available = ring.available;
         self.memory.guest().write_obj(head, GuestAddress(at)).unwrap();
-        self.memory.guest().store(available, index, std::sync::atomic::Ordering::SeqCst).unwrap();
+        self.memory.guest().store(available, index, Ordering::SeqCst).unwrap();
     }
 
     /// Says that so many chains more are available, whatever the ring holds.
@@ -243,7 +253,7 @@ impl Driver {
         let ring = &mut self.rings[queue];
         ring.available = ring.available.wrapping_add(by);
         let (available, index) = (ring.available, GuestAddress(ring.available_ring() + 2));
-        self.memory.guest().store(available, index, std::sync::atomic::Ordering::SeqCst).unwrap();
+        self.memory.guest().store(available, index, Ordering::SeqCst).unwrap();
     }
 
     /// All memory that the driver has given to anyone, rings and buffers.
@@ -265,12 +275,40 @@ impl Driver {
         self.write(NOTIFY_OFFSET, queue as u32);
     }
 
+    /// Notifies the device where it asked for it by its event index, as Linux does (§2.7.13.4.1). It must have accepted that.
+    pub fn notify_where_asked(&mut self, queue: usize) {
+        fence(Ordering::SeqCst);
+        let ring = &mut self.rings[queue];
+        let place = ring.used_ring() + 4 + 8 * u64::from(ring.size);
+        let event: u16 = self.memory.guest().load(GuestAddress(place), Ordering::SeqCst).unwrap();
+        let (old, new) = (ring.told, ring.available);
+        ring.told = new;
+        if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old) {
+            self.notify(queue);
+        }
+    }
+
+    /// Waits as Linux does: sleeps until an interrupt that is about used buffers. Panics after ten seconds. All chains
+    /// that were given back must have been taken before, by [`Driver::try_used`] of each queue until there is none.
+    #[track_caller]
+    pub fn wait_interrupt(&mut self) {
+        loop {
+            let ready = self.interrupted.wait(10_000, &mut [EpollEvent::default()]).unwrap();
+            assert_eq!(ready, 1, "no interrupt comes");
+            self.line.read().unwrap();
+            let status = self.read(0x60);
+            self.write(0x64, status);
+            if status & 1 != 0 {
+                return;
+            }
+        }
+    }
+
     /// The next chain that the device gave back, and how many bytes it wrote; `None` where there is none yet.
     pub fn try_used(&mut self, queue: usize) -> Option<(u16, u32)> {
         let ring = &mut self.rings[queue];
         let memory = self.memory.guest();
-        let index: u16 =
-            memory.load(GuestAddress(ring.used_ring() + 2), std::sync::atomic::Ordering::SeqCst).unwrap();
+        let index: u16 = memory.load(GuestAddress(ring.used_ring() + 2), Ordering::SeqCst).unwrap();
         if index == ring.seen_used {
             return None;
         }
@@ -279,6 +317,8 @@ impl Driver {
         // Ask to be interrupted for the next one.
         let event = ring.available_ring() + 4 + 2 * u64::from(ring.size);
         memory.write_obj(ring.seen_used, GuestAddress(event)).unwrap();
+        // Before the next look at the index: who finds nothing then will be interrupted (§2.7.7.1).
+        fence(Ordering::SeqCst);
         let head: u32 = memory.read_obj(GuestAddress(at)).unwrap();
         Some((head as u16, memory.read_obj(GuestAddress(at + 4)).unwrap()))
     }

@@ -93,7 +93,8 @@ impl<S: Served> Worker<S> {
         self.control.clone()
     }
 
-    /// Ends the thread and waits for it. `None`: it panicked, and its state is lost.
+    /// Ends the thread and waits for it. `None`: it panicked, and its state is lost. Only where panics unwind, as in tests: in
+    /// a release build a panic ends the VM, since what was half done may not be served on (docs/security.md).
     pub fn stop(self) -> Option<S> {
         self.control.stop();
         self.thread.join().ok().flatten().flatten()

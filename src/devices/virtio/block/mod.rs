@@ -30,8 +30,8 @@ use crate::sys::uring::Ring;
 use crate::vm::Memory;
 
 use super::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, Served, VirtioDevice, Worker, WorkerControl,
-    read_config_space, take_queue,
+    ActivateError, Activation, ActiveQueue, DeviceKind, NotStarted, Served, VirtioDevice, Worker,
+    WorkerControl, read_config_space, take_queue,
 };
 use engine::{Engine, Pool};
 use image::Image;
@@ -213,7 +213,7 @@ impl Block {
         let index = usize::from(queue.index);
         let parts = match self.parts.get_mut(index).and_then(Option::take) {
             Some(parts) => parts,
-            // Lost with a thread that panicked or could not be started. A confined process makes no new ring.
+            // Lost with a thread that panicked. A confined process makes no new ring.
             None if self.uring => return Err(io::Error::other("its io_uring is gone").into()),
             None => QueueParts::new(false)?,
         };
@@ -239,8 +239,27 @@ impl Block {
     fn start(&mut self, queue: ActiveQueue, activation: &Activation) -> Result<(), ActivateError> {
         let name = format!("{}-q{}", self.shared.id, queue.index);
         let worker = self.worker_of(queue, activation)?;
-        self.workers.push(Worker::start(&name, activation.confined, worker)?);
-        Ok(())
+        match Worker::start(&name, activation.confined, worker) {
+            Ok(worker) => {
+                self.workers.push(worker);
+                Ok(())
+            }
+            Err(NotStarted { error, state }) => {
+                state.map(|worker| self.take_back(worker));
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps what a worker that has ended had of the host, for the next driver, and returns its queue.
+    fn take_back(&mut self, worker: BlockWorker) -> ActiveQueue {
+        let BlockWorker { queue, engine, done, timer, .. } = worker;
+        let ring = match engine {
+            Engine::Uring(ring) => Some(*ring),
+            Engine::Threads(_) => None,
+        };
+        self.parts[usize::from(queue.index)] = Some(QueueParts { ring, done, timer });
+        queue
     }
 }
 
@@ -347,17 +366,9 @@ impl VirtioDevice for Block {
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
         self.shared.forget_queues();
-        let mut queues = Vec::new();
-        for worker in self.workers.drain(..) {
-            let Some(worker) = worker.stop() else { continue };
-            let BlockWorker { queue, engine, done, timer, .. } = worker;
-            let ring = match engine {
-                Engine::Uring(ring) => Some(*ring),
-                Engine::Threads(_) => None,
-            };
-            self.parts[usize::from(queue.index)] = Some(QueueParts { ring, done, timer });
-            queues.push(queue);
-        }
+        let workers = std::mem::take(&mut self.workers);
+        let stopped = workers.into_iter().filter_map(Worker::stop);
+        let queues = stopped.map(|worker| self.take_back(worker)).collect();
         self.pool = None;
         self.shared.writeback.store(true, Ordering::Relaxed);
         queues

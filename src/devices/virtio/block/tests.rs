@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use crate::bus::BusDevice;
 use crate::metrics::Counter;
 
 use super::super::testing::{self, Buffer, Driver};
+use super::super::{Interrupt, Queue, QueueSetup};
 use super::*;
 
 const SECTORS: u64 = 64;
@@ -481,6 +483,41 @@ fn a_queue_whose_ring_is_lost_asks_for_a_reset() {
         driver.set_up_queue(0, 16);
         driver.write(0x70, 15);
         assert_eq!(driver.read(0x70), status, "{engine}");
+    }
+}
+
+/// Of two queues the second one's thread does not start, since an event loop waits for no file.
+#[test]
+fn a_thread_that_cannot_start_leaves_what_it_was_given() {
+    for engine in ENGINES {
+        let file = image(SECTORS * SECTOR);
+        let Ok(mut block) = Block::open(&config(&file, engine), 0, 2, &Registry::default()) else { continue };
+        let memory = Memory::new(&"1M".parse().unwrap()).unwrap();
+        let queue = |(index, notify)| {
+            let base = 0x10000 * (1 + u64::from(index));
+            let (available, used) = (base + 0x8000, base + 0xc000);
+            let setup = QueueSetup { size: 16, ready: true, descriptors: base, available, used };
+            let queue = Queue::new(memory.guest(), setup, QUEUE_SIZE, 0).unwrap();
+            ActiveQueue { index, queue, notify: Arc::new(notify) }
+        };
+        // SAFETY: the descriptor was just made, and is nobody else's.
+        let unwaitable = unsafe { EventFd::from_raw_fd(file.reopen().unwrap().into_raw_fd()) };
+        let queues = [(0, new_event().unwrap()), (1, unwaitable)].map(queue).into();
+        let interrupt = Arc::new(Interrupt::new(new_event().unwrap()));
+        let confined = Confined::not();
+        assert!(
+            block
+                .activate(Activation { memory: memory.clone(), features: 0, interrupt, queues, confined })
+                .is_err()
+        );
+        let is_whole = |p: &Option<QueueParts>| p.as_ref().is_some_and(|p| p.ring.is_some() == block.uring);
+        assert!(block.parts.iter().all(is_whole), "{engine}");
+        let mut driver = Driver::start(Box::new(block), &[16, 16]);
+        for queue in 0..2 {
+            let (head, room) = (driver.filled(&header(0, 3)), driver.buffer(513));
+            driver.offer(queue, &[head], &[room]);
+            assert_eq!(driver.wait_used(queue), (0, 513), "{engine}");
+        }
     }
 }
 

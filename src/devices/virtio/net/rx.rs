@@ -7,12 +7,15 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::{ActiveQueue, Chain, QueueError, Segment};
-use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, scatter};
+use super::backend::{Backend, HEADER, MAX_FRAME, MIN_FRAME, Room, is_gone, scatter};
 use super::worker::Context;
 use super::{F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, F_MTU, NetCounters};
 
 /// Pieces of memory held at once, below the kernel's limit of 1024 with those of one more chain.
 const MAX_HELD: usize = 512;
+/// How long nothing is received after an error that is not the end. It may have been about one frame, as of the tap's when
+/// the kernel cannot say what it is in virtio's words, or come again at once, which must not keep the thread awake.
+const RETRY: Duration = Duration::from_millis(10);
 /// Where the header counts the buffers of a frame.
 const NUM_BUFFERS: usize = 10;
 
@@ -86,7 +89,9 @@ impl Rx {
             let wanted = self.pending.map_or(self.wanted, |p| p.len);
             self.hold(memory, wanted)?;
             if self.held.is_empty() || self.pending.is_some_and(|p| p.len > self.capacity) {
-                self.drop_endless(context.counters);
+                if self.drop_endless(context.counters) {
+                    continue;
+                }
                 self.queue.queue.publish_to(memory, interrupt)?;
                 if self.queue.queue.enable_notify(memory)? {
                     continue;
@@ -131,10 +136,9 @@ impl Rx {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 return Ok(Some(RxEnd::Idle));
             }
-            // Anything else comes again and again: better no link than a thread that never sleeps.
-            Err(_) => {
+            Err(e) => {
                 counters.rx_errors.increment();
-                return Ok(Some(RxEnd::Gone));
+                return Ok(Some(if is_gone(&e) { RxEnd::Gone } else { RxEnd::Throttled(RETRY) }));
             }
         }
         Ok(None)
@@ -206,11 +210,13 @@ impl Rx {
         Ok(())
     }
 
-    /// A frame for which as many buffers as can be held at once are too small never fits.
-    fn drop_endless(&mut self, counters: &NetCounters) {
-        if self.segments.len() >= MAX_HELD && self.pending.take().is_some() {
+    /// A frame for which as many buffers as can be held at once are too small never fits. Says whether there was one.
+    fn drop_endless(&mut self, counters: &NetCounters) -> bool {
+        let is_endless = self.segments.len() >= MAX_HELD && self.pending.take().is_some();
+        if is_endless {
             counters.rx_dropped.increment();
         }
+        is_endless
     }
 
     /// Puts back what was taken and not filled, last first.

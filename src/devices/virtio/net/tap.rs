@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
@@ -106,6 +107,14 @@ impl Tap {
     #[must_use]
     pub fn over(file: File) -> Self {
         Self { file, pieces: GuestIovecs::default() }
+    }
+
+    /// Whether the interface was removed. Also true of a queue that is off.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut tap = [PollFd::new(&self.file, PollFlags::empty())];
+        // Where the host cannot say, it is still there.
+        poll(&mut tap, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))
+            .is_ok_and(|_| tap[0].revents().contains(PollFlags::ERR))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::testing::{Driver, Rig};
 use super::super::{F_VERSION_1, Segment};
@@ -250,6 +250,34 @@ fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
     assert_eq!(s.driver.bytes(buffer)[10..12], [1, 0]);
 }
 
+/// As many pieces as can be held at once are too small for a frame: it is dropped, and the next one is received though the
+/// driver has nothing more to say.
+#[test]
+fn a_frame_that_never_fits_is_dropped_and_holds_nothing_up() {
+    const PIECES: u16 = 256;
+    let (tap, network) = fake_tap();
+    let net = card(Box::new(tap), None);
+    let counters = net.counters.clone();
+    let mut driver = Driver::start(Box::new(net), &[PIECES, 16]);
+    for head in 0..2 {
+        let (room, table) = (driver.buffer(16 * u32::from(PIECES)), driver.buffer(16 * u32::from(PIECES)));
+        for index in 0..PIECES {
+            // Flags and the next one's index behind address and length.
+            let flags = if index + 1 < PIECES { 3_u64 } else { 2 };
+            let piece = [room.0 + 16 * u64::from(index), 16 | flags << 32 | u64::from(index + 1) << 48];
+            let at = GuestAddress(table.0 + 16 * u64::from(index));
+            driver.memory.guest().write_obj(piece, at).unwrap();
+        }
+        driver.descriptor(0, head, table, 4, 0);
+        driver.make_available(0, head);
+    }
+    driver.notify(0);
+    network.send(&frame(10_000)).unwrap();
+    network.send(&frame(60)).unwrap();
+    assert_eq!(driver.wait_used(0), (0, 72));
+    assert_eq!((counters.rx_dropped.get(), counters.rx_packets.get()), (1, 1));
+}
+
 #[test]
 fn a_full_ring_that_is_filled_again_resumes() {
     let mut s = setup(u64::MAX);
@@ -314,6 +342,24 @@ fn errors_of_one_frame_are_counted_and_no_end() {
     assert_eq!(s.counters.tx_packets.get(), 1);
 }
 
+/// An error that comes back at once is no reason to spin either.
+#[test]
+fn errors_of_receiving_are_tried_again_and_no_end() {
+    for errno in [libc::EIO, libc::EINVAL, libc::ENOMEM, libc::EFAULT] {
+        let mut s = setup(u64::MAX);
+        s.error.store(errno as u64, Ordering::SeqCst);
+        let room = s.driver.buffer(2000);
+        s.driver.offer(0, &[], &[room]);
+        s.network.send(&frame(60)).unwrap();
+        s.driver.wait("it gives up", |_| (s.counters.rx_errors.get() >= 3).then_some(()));
+        assert_idle();
+        s.error.store(0, Ordering::SeqCst);
+        assert_eq!(s.driver.wait_used(0).1, 72, "{errno}");
+        assert_eq!(link(&mut s.driver), 1);
+        assert_receives(&mut s);
+    }
+}
+
 /// The link's state in the configuration space, at 0x100 + 6.
 fn link(driver: &mut Driver) -> u32 {
     driver.read(0x104) >> 16
@@ -321,10 +367,10 @@ fn link(driver: &mut Driver) -> u32 {
 
 #[test]
 fn a_tap_that_vanishes_takes_the_link_down() {
-    for (errno, by_sending) in [(libc::EBADFD, true), (libc::EBADFD, false), (libc::EIO, false)] {
+    for by_sending in [true, false] {
         let mut s = setup(u64::MAX);
         assert_eq!(link(&mut s.driver), 1);
-        s.error.store(errno as u64, Ordering::SeqCst);
+        s.error.store(libc::EBADFD as u64, Ordering::SeqCst);
         let buffer = s.driver.filled(&frame(60));
         if by_sending {
             s.driver.offer(1, &[buffer], &[]);
@@ -722,4 +768,48 @@ fn pairs_share_the_limit_of_the_card() {
     p.driver.wait("nobody waits for the limit", |_| (p.counters.throttled.get() > 0).then_some(()));
     assert_eq!(p.counters.tx_packets.get(), 1);
     p.driver.wait_used(3);
+}
+
+/// The threads of two pairs raise one interrupt, as their driver, which sleeps between, takes frames from both and sends by
+/// both: none is lost, and no notification either.
+#[test]
+fn pairs_that_share_an_interrupt_lose_none() {
+    const FRAMES: usize = 20_000;
+    const WINDOW: usize = 8;
+    let mut p = pairs(5, u64::MAX, None);
+    assert_eq!(p.command(COMMANDS, &[4, 0, 2, 0]), 0);
+    let (out, rooms) = (p.driver.filled(&frame(60)), [0, 1].map(|_| p.driver.buffer(2000)));
+    let receive = |network: &UnixDatagram| (0..FRAMES).for_each(|_| _ = network.recv(&mut [0; 256]).unwrap());
+    let send = |network: &UnixDatagram| (0..FRAMES).for_each(|_| _ = network.send(&frame(60)).unwrap());
+    std::thread::scope(|scope| {
+        for network in &p.networks {
+            // Where a driver's test has ended, its network's does.
+            network.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+            scope.spawn(move || receive(network));
+            scope.spawn(move || send(network));
+        }
+        // By queue, received and sent in turn.
+        let (mut left, mut under_way) = ([FRAMES; 4], [0; 4]);
+        while left != [0; 4] {
+            let mut is_idle = true;
+            for queue in 0..4 {
+                while p.driver.try_used(queue).is_some() {
+                    (left[queue], under_way[queue], is_idle) = (left[queue] - 1, under_way[queue] - 1, false);
+                }
+                while under_way[queue] < WINDOW.min(left[queue]) {
+                    let room = &[rooms[queue / 2]][..];
+                    let (readable, writable) =
+                        if queue % 2 == 0 { (&[][..], room) } else { (&[out][..], &[][..]) };
+                    p.driver.post(queue, readable, writable);
+                    p.driver.notify_where_asked(queue);
+                    under_way[queue] += 1;
+                }
+            }
+            if is_idle && left != [0; 4] {
+                p.driver.wait_interrupt();
+            }
+        }
+    });
+    assert_eq!(p.counters.rx_packets.get(), 2 * FRAMES as u64);
+    assert_eq!(p.counters.tx_packets.get(), 2 * FRAMES as u64);
 }

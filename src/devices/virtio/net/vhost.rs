@@ -17,6 +17,7 @@ use crate::config::Mac;
 use crate::devices::DeviceControl;
 use crate::sandbox::{Kept, ThreadKind};
 use crate::sys::event::new_event;
+use crate::sys::link_changes::LinkChanges;
 use crate::sys::vhost::{self, Region, Ring};
 use crate::vm::Memory;
 
@@ -39,6 +40,7 @@ const TX: u32 = 1;
 
 const ERROR: u64 = 0;
 const COMMAND: u64 = 1;
+const LINK: u64 = 2;
 
 /// The kernel cannot serve a tap's queues.
 #[derive(Debug, Error)]
@@ -143,6 +145,8 @@ struct Host {
     pairs: Vec<HostPair>,
     /// Signalled when the driver breaks a ring's rules.
     errors: EventFd,
+    /// A tap that is removed is one, of which vhost says nothing. None where the host lets nobody listen.
+    changes: Option<LinkChanges>,
 }
 
 /// One of the tap's queues, and who serves it.
@@ -163,7 +167,14 @@ impl Host {
             kernel.set_error(TX, &errors)?;
         }
         let pairs = taps.into_iter().zip(kernels.0).map(|(tap, kernel)| HostPair { tap, kernel });
-        Ok(Self { pairs: pairs.collect(), errors })
+        let unheard = |e: &io::Error| log::info!("a tap that is removed will not be noticed: {e}");
+        let changes = LinkChanges::new().inspect_err(unheard).ok();
+        Ok(Self { pairs: pairs.collect(), errors, changes })
+    }
+
+    /// Whether the tap was removed, as far as its first queue knows, which is never off.
+    fn is_gone(&self) -> bool {
+        self.pairs.first().is_some_and(|pair| pair.tap.is_gone())
     }
 
     /// Sets up what the driver has set up. Nothing is served yet.
@@ -297,6 +308,7 @@ impl Served for VhostWorker {
     fn events(&self) -> Vec<(RawFd, EventSet, u64)> {
         let mut events = vec![(self.host.errors.as_raw_fd(), EventSet::IN, ERROR)];
         events.extend(self.commands.iter().map(|c| (c.queue.notify.as_raw_fd(), EventSet::IN, COMMAND)));
+        events.extend(self.host.changes.iter().map(|c| (c.as_raw_fd(), EventSet::IN, LINK)));
         events
     }
 
@@ -311,13 +323,24 @@ impl Served for VhostWorker {
     }
 
     fn event(&mut self, token: u64, _ready: EventSet, _epoll: &Epoll) {
-        if token == COMMAND {
-            self.commands.iter().for_each(|commands| drop(commands.queue.notify.read()));
-            return self.command();
+        match token {
+            COMMAND => {
+                self.commands.iter().for_each(|commands| drop(commands.queue.notify.read()));
+                self.command();
+            }
+            LINK => {
+                self.host.changes.iter().for_each(LinkChanges::acknowledge);
+                // The kernel goes on to serve: what is sent goes nowhere, and comes back.
+                if self.shared.has_link() && self.host.is_gone() {
+                    lose_link(&self.shared, &self.interrupt, &io::Error::from_raw_os_error(libc::ENODEV));
+                }
+            }
+            _ => {
+                let _ = self.host.errors.read();
+                self.interrupt.needs_reset(&self.shared.id, &Broken);
+                self.drain();
+            }
         }
-        let _ = self.host.errors.read();
-        self.interrupt.needs_reset(&self.shared.id, &Broken);
-        self.drain();
     }
 
     fn drain(&mut self) {
@@ -381,6 +404,7 @@ impl VirtioDevice for VhostNet {
     fn keep(&self, kept: &mut Kept) {
         if let Some(host) = &self.host {
             kept.add("a network card's word of a broken ring", &host.errors);
+            host.changes.iter().for_each(|changes| kept.add("the word of a removed tap", changes));
             for pair in &host.pairs {
                 kept.add("a network card's tap", &pair.tap.as_fd());
                 kept.add("a network card's vhost-net", &pair.kernel.as_fd());

@@ -105,6 +105,33 @@ fn nothing_is_served_in_a_pause_and_nothing_lost() {
     });
 }
 
+/// vhost itself says nothing of it. Other interfaces may come and go.
+#[test]
+#[ignore = "needs vhost-net and taps"]
+fn a_tap_that_is_removed_takes_the_link_down() {
+    let link = |driver: &mut Driver| driver.read(0x104) >> 16;
+    with_driver(|mut driver| {
+        run("ip tuntap add mode tap tap1");
+        run("ip link del tap1");
+        assert_works(&mut driver);
+        assert_eq!(link(&mut driver), 1);
+        let [control] = &driver.mmio.workers()[..] else { panic!("one thread") };
+        control.ask_to_pause();
+        assert!(control.is_paused_by(Instant::now() + Duration::from_secs(10)));
+        run("ip link del tap0");
+        for _ in 0..1000 {
+            thread::yield_now();
+        }
+        assert_eq!(link(&mut driver), 1, "told in a pause");
+        control.resume();
+        driver.wait("the link stays up", |d| (link(d) == 0).then_some(()));
+        driver.wait("no configuration interrupt", |d| (d.read(0x60) & 2 == 2).then_some(()));
+        // The next driver finds no link either.
+        driver.restart(&SIZES);
+        assert_eq!(link(&mut driver), 0);
+    });
+}
+
 /// What the kernel finds wrong with a ring is the device's word to its driver; a reset makes all well.
 #[test]
 #[ignore = "needs vhost-net and taps"]

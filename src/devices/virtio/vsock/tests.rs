@@ -118,10 +118,16 @@ impl Guest {
     }
 
     fn try_receive(&mut self) -> Option<(Header, Vec<u8>)> {
+        self.try_receive_with(Driver::notify)
+    }
+
+    /// The next packet, whose buffer is offered again.
+    fn try_receive_with(&mut self, notify: fn(&mut Driver, usize)) -> Option<(Header, Vec<u8>)> {
         let (head, len) = self.driver.try_used(0)?;
         let buffer = self.rx.remove(&head).unwrap();
         let bytes = self.driver.bytes((buffer.0, len));
-        let head = self.driver.offer(0, &[], &[buffer]);
+        let head = self.driver.post(0, &[], &[buffer]);
+        notify(&mut self.driver, 0);
         self.rx.insert(head, buffer);
         let header = Header::parse(bytes[..HEADER_LEN].try_into().unwrap());
         assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, CID.into()));
@@ -176,6 +182,34 @@ impl Guest {
         let (stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream
+    }
+
+    /// Sends so many packets of 64 bytes that differ, and sleeps whenever it has `window` of them to come back.
+    #[track_caller]
+    fn converse(&mut self, ports: (u32, u32), packets: usize, window: usize) {
+        let bytes = |from: usize, to: usize| (from..to).map(|i| (i * 7 + i / 64) as u8).collect::<Vec<_>>();
+        let (mut sent, mut got) = (0, 0);
+        while got < 64 * packets {
+            let before = (sent, got);
+            while self.driver.try_used(1).is_some() {}
+            while let Some((_, data)) = self.try_receive_with(Driver::notify_where_asked) {
+                assert_eq!(data, bytes(got, got + data.len()));
+                got += data.len();
+            }
+            while sent < packets && sent < got / 64 + window {
+                let header = Header { len: 64, ..self.header(ports, Op::Data) };
+                let packet = [&header.to_bytes()[..], &bytes(64 * sent, 64 * (sent + 1))].concat();
+                // What has come back is not read any more.
+                let at = self.tx.0 + 128 * (sent % window) as u64;
+                self.driver.memory.guest().write_slice(&packet, GuestAddress(at)).unwrap();
+                self.driver.post(1, &[(at, packet.len() as u32)], &[]);
+                self.driver.notify_where_asked(1);
+                sent += 1;
+            }
+            if (sent, got) == before {
+                self.driver.wait_interrupt();
+            }
+        }
     }
 
     /// Serves echoes until `count` connections have ended.
@@ -348,6 +382,29 @@ fn a_guest_program_echoes() {
     guest.shut_down((80, 1000), BOTH);
     guest.expect(Op::Reset);
     is_at_end(&mut stream);
+}
+
+/// A guest that notifies where it was asked to and sleeps until an interrupt, as Linux: a wake-up that gets lost on either
+/// side ends the conversation. One packet at a time has every thread go to sleep each time.
+#[test]
+fn no_wake_up_is_lost_in_a_long_conversation() {
+    const PORTS: (u32, u32) = (80, 1000);
+    let mut guest = Guest::new();
+    let listener = guest.listen(PORTS.0);
+    let mut stream = guest.connect(&listener, PORTS);
+    let host = thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(len @ 1..) = stream.read(&mut bytes) {
+            stream.write_all(&bytes[..len]).unwrap();
+        }
+    });
+    // What was received before the conversation.
+    while guest.try_receive().is_some() {}
+    for window in [1, 2, 8, 60] {
+        guest.converse(PORTS, 10_000, window);
+    }
+    guest.send(PORTS, Op::Reset);
+    host.join().unwrap();
 }
 
 /// A stream's news may come together with a pause.
