@@ -11,9 +11,12 @@ mod job;
 mod vmm;
 mod vsock;
 
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::{env, fs};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+use std::{env, fs, thread};
 
 use job::{JOBS, Job};
 use vmm::{Guest, Vmm};
@@ -23,6 +26,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 const WORK: &str = "MICROVM_BENCH_WORK";
 /// Runs of each job; the first is warm-up, and the median of the others is told.
 const RUNS: usize = 4;
+/// A run tells of itself by a line, and takes seconds.
+const SILENCE: Duration = Duration::from_secs(300);
 
 fn main() -> Result<()> {
     match env::var_os(WORK) {
@@ -55,15 +60,41 @@ fn outside() -> Result<()> {
     }
     let file = format!("{}:/bin/bench", guest.display());
     run("guest-kernels/initramfs", &["--output", text(&work.join("initrd"))?, "--file", &file])?;
-    let status = Command::new(root.join("scripts/kvm-host"))
+    let child = Command::new(root.join("scripts/kvm-host"))
         .args(["--icount", "--memory", "3G", "--"])
         .arg(program)
         .args(env::args().skip(1))
         .env(WORK, &work)
         .env(vmm::PROGRAM, guest)
         .env("MICROVM_BENCH_MODULES", cache().join("kernels/emulated-host/lib/modules"))
-        .status()?;
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let status = wait(child)?;
     if status.success() { Ok(()) } else { Err(format!("the bench failed: {status}").into()) }
+}
+
+/// Passes on what the emulated host says of itself, and ends it when it falls silent: its processor has stood still in a
+/// guest, with the host's own clock interrupts held back, so that nothing inside could notice.
+fn wait(mut host: Child) -> Result<ExitStatus> {
+    let errors = host.stderr.take().ok_or("no standard error")?;
+    let (said, heard) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(errors).lines().map_while(io::Result::ok) {
+            eprintln!("{line}");
+            let _ = said.send(());
+        }
+    });
+    loop {
+        match heard.recv_timeout(SILENCE) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(host.wait()?),
+            Err(RecvTimeoutError::Timeout) => {
+                host.kill()?;
+                host.wait()?;
+                return Err("the emulated host stands still (docs/benchmarks.md): run this again".into());
+            }
+        }
+    }
 }
 
 fn cache() -> PathBuf {
@@ -128,7 +159,7 @@ fn measure(job: &Job, vmm: Vmm, work: &Path) -> Result<Cost> {
     let mut costs = Vec::new();
     let runs = if is_quick() { 2 } else { RUNS };
     for run in 1..=runs {
-        // It takes minutes: a reader of standard error sees that it goes on.
+        // It takes minutes: who reads standard error sees that it goes on, as `wait` does.
         eprintln!("{}: {vmm:?}, run {run} of {runs}", job.name);
         let peer = job.start_peer(vmm)?;
         let (time, exits) = guest.run(&job.words(vmm))?;
