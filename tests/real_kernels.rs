@@ -8,6 +8,8 @@ mod common;
 mod console;
 #[path = "real/container.rs"]
 mod container;
+#[path = "real/life.rs"]
+mod life;
 #[path = "real/mixed.rs"]
 mod mixed;
 #[path = "real/net.rs"]

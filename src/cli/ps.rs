@@ -13,7 +13,8 @@ use crate::control::{self, Client, ClientError};
 use super::CliError;
 use super::table::{self, Format};
 
-const AFTER_HELP: &str = "States: running, pausing, paused, stopped; with --all also exited, dead (its process was killed) and \
+const AFTER_HELP: &str =
+    "States: running, pausing, paused, stopped; with --all also exited, dead (its process was killed) and \
 silent (it does not answer).
 VMs with --control PATH or --control none are not listed.
 

@@ -22,7 +22,8 @@ use crate::vmm::{End, Vmm};
 use super::boot::{Format, Launch, parse_timeout};
 use super::{CliError, say};
 
-const AFTER_HELP: &str = "The image must be there (microvm image import), and a kernel (microvm kernel import).
+const AFTER_HELP: &str =
+    "The image must be there (microvm image import), and a kernel (microvm kernel import).
 A signal that comes for microvm goes to the program: Ctrl-C ends it as it would here.
 
 Exit status: the program's, as its shell has it (128 and the signal's number where one ended it), and

@@ -32,9 +32,8 @@ impl LogWriter {
     /// # Errors
     /// A file cannot be made.
     pub fn create(folder: &Path) -> io::Result<Self> {
-        let create = |name: &str| {
-            OpenOptions::new().append(true).create_new(true).mode(0o600).open(folder.join(name))
-        };
+        let create =
+            |name: &str| OpenOptions::new().append(true).create_new(true).mode(0o600).open(folder.join(name));
         Ok(Self { files: [create(FILES[0])?, create(FILES[1])?], current: 0, written: 0 })
     }
 

@@ -24,7 +24,9 @@ pub use machine::{Machine, Wanted};
 pub use plan::{Changes, plan, set_variable};
 pub use relay::{Finish, Receiver, print};
 pub use signal::{ParseSignalError, parse_signal};
-pub use store::{Claim, Container, Containers, Ended, Leavings, Record, State, new_id, record_end, set_process};
+pub use store::{
+    Claim, Container, Containers, Ended, Leavings, Record, State, new_id, record_end, set_process,
+};
 pub use streams::{StreamOptions, Streams};
 
 /// A container cannot be made.
@@ -63,7 +65,9 @@ pub enum ContainerError {
     #[error("--name {0:?}: letters, digits, '.', '_' and '-', at most 64, a letter or digit first")]
     Name(String),
     /// A name that another one has.
-    #[error("--name {0}: a container of this name is there: remove it (microvm rm {0}), or choose another name")]
+    #[error(
+        "--name {0}: a container of this name is there: remove it (microvm rm {0}), or choose another name"
+    )]
     NameTaken(String),
     /// There is none.
     #[error("there is no container {0}: microvm ps -a lists them")]

@@ -133,7 +133,9 @@ mod tests {
     #[test]
     fn what_a_guest_says_wrong_is_an_end() {
         assert_eq!(finish(&[]).0, Finish::Lost);
-        for frame in [(Kind::Started, &[1][..]), (Kind::Exited, &[]), (Kind::Request, b"{}"), (Kind::Input, b"x")] {
+        for frame in
+            [(Kind::Started, &[1][..]), (Kind::Exited, &[]), (Kind::Request, b"{}"), (Kind::Input, b"x")]
+        {
             assert_eq!(finish(&[frame]).0, Finish::Lost, "{frame:?}");
         }
         let text = br#"{"status": 127, "message": "a\u001b[2Jb"}"#;

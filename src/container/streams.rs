@@ -121,10 +121,12 @@ impl Service for Streams {
         if options.input {
             let mut input = frames.try_clone().map_err(failed)?;
             // It may wait for a key for ever; the process does not wait for it.
-            confined.spawn(ThreadKind::Streams, "input".into(), STACK, move || relay::send_input(&mut input))?;
+            confined
+                .spawn(ThreadKind::Streams, "input".into(), STACK, move || relay::send_input(&mut input))?;
         }
         let stream = frames.try_clone().map_err(failed)?;
-        let mut printer = Printer { log: Some(log), attached: options.attached, ready: options.ready, requests };
+        let mut printer =
+            Printer { log: Some(log), attached: options.attached, ready: options.ready, requests };
         let thread = confined.spawn(ThreadKind::Streams, "output".into(), STACK, move || {
             let mut frames = io::BufReader::new(frames);
             let finish = relay::receive(&mut frames, &mut printer);
@@ -145,8 +147,9 @@ struct Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // The VM has ended, so nothing more comes; what has come is passed on.
-        let _ = self.stream.shutdown(Shutdown::Write);
+        // The VM has ended, so nothing more comes, though its device may have its end open. What has come is passed on: a
+        // Unix socket gives that first (unix_stream_read_generic).
+        let _ = self.stream.shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             // It only fails where the thread panicked, which has been told.
             let _ = thread.join();

@@ -111,9 +111,7 @@ impl Started {
     fn new(process: &ProcessSpec) -> Result<Self, Failure> {
         let name = process.args.first().map_or("no program", String::as_str);
         let streams = if process.terminal { Self::with_terminal(process) } else { Self::with_pipes(process) };
-        streams.map_err(|e| {
-            failure(status_of(&e), format!("{name} cannot be run: {e}"))
-        })
+        streams.map_err(|e| failure(status_of(&e), format!("{name} cannot be run: {e}")))
     }
 
     fn with_pipes(process: &ProcessSpec) -> io::Result<Self> {
@@ -206,7 +204,9 @@ fn relay_outputs(
         let has_ended = ready.contains(&outputs.len());
         at_end.into_iter().rev().for_each(|index| drop(outputs.remove(index)));
         if has_ended {
-            return outputs.into_iter().try_for_each(|(kind, file)| relay_rest(stream, kind, file, &mut bytes));
+            return outputs
+                .into_iter()
+                .try_for_each(|(kind, file)| relay_rest(stream, kind, file, &mut bytes));
         }
     }
     Ok(())

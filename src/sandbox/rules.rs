@@ -330,7 +330,10 @@ const VHOST: &[Rule] = &[
 /// This thread does nothing while the guest runs, so that no thread that the guest gives work can remove a file.
 const CLEANER: &[Rule] = &[
     allow(libc::SYS_newfstatat, "is the vsock's socket still there, or another's"),
-    allow(libc::SYS_unlinkat, "that socket, or a container that is not kept, at the end; Landlock allows it in their folders alone"),
+    allow(
+        libc::SYS_unlinkat,
+        "that socket, or a container that is not kept, at the end; Landlock allows it in their folders alone",
+    ),
     allow_if(
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2])],

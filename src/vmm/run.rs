@@ -140,7 +140,6 @@ impl VmEvents {
         }
     }
 
-
     /// Everything that has come since the last wake-up.
     fn take_all(&mut self) {
         let mut machine = self.machine.borrow_mut();
@@ -228,7 +227,14 @@ pub fn run(mut vmm: Vmm) -> Result<Ended, RunError> {
     let machine = Rc::new(RefCell::new(vmm.machine));
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
     let (sources, terminal_size) = (vmm.events, vmm.consoles.iter().find_map(Console::size));
-    let events = VmEvents { sources, machine: machine.clone(), end: end.clone(), confined, terminal_size, signal_sink: vmm.signals };
+    let events = VmEvents {
+        sources,
+        machine: machine.clone(),
+        end: end.clone(),
+        confined,
+        terminal_size,
+        signal_sink: vmm.signals,
+    };
     manager.add_subscriber(Box::new(events));
     // The consoles are taken back at the end, for the guest's last words.
     let mut consoles = Vec::new();

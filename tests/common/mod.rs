@@ -1,7 +1,7 @@
 //! Tiny guests, made in the test itself, and how to run `microvm` on them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
-use std::ffi::{OsStr, c_int};
+use std::ffi::{OsStr, OsString, c_int};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -94,11 +94,13 @@ pub struct Host {
     pub dir: TempDir,
     /// For the control sockets of VMs that are killed, which stay behind.
     run: TempDir,
+    /// What programs find in their environment besides.
+    pub env: Vec<(String, OsString)>,
 }
 
 impl Host {
     pub fn new() -> Self {
-        Self { dir: TempDir::new().unwrap(), run: TempDir::new().unwrap() }
+        Self { dir: TempDir::new().unwrap(), run: TempDir::new().unwrap(), env: Vec::new() }
     }
 
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
@@ -118,6 +120,7 @@ impl Host {
         // SAFETY: system calls alone, which is all that is allowed between fork and exec.
         unsafe { command.pre_exec(heed_signals) };
         command.env("XDG_RUNTIME_DIR", self.run.path()).env("MICROVM_DATA", self.run.path().join("data"));
+        command.envs(self.env.iter().cloned());
         command
     }
 

@@ -65,7 +65,9 @@ pub fn run(args: &CpArgs) -> Result<u8, CliError> {
         (from @ (Place::Host(_) | Place::Archive), Place::Guest(name, path)) => {
             bring(&from, &Containers::of_user()?.find(&name)?, &path)
         }
-        _ => Err(CliError::Usage("cp: one of the two must be CONTAINER:PATH, and the other a path or -".into())),
+        _ => Err(CliError::Usage(
+            "cp: one of the two must be CONTAINER:PATH, and the other a path or -".into(),
+        )),
     }
 }
 
@@ -194,7 +196,9 @@ mod tests {
 
     #[test]
     fn a_colon_makes_it_a_containers() {
-        assert!(matches!(Place::parse("web:/a:b"), Place::Guest(name, path) if name == "web" && path == "/a:b"));
+        assert!(
+            matches!(Place::parse("web:/a:b"), Place::Guest(name, path) if name == "web" && path == "/a:b")
+        );
         assert!(matches!(Place::parse("-"), Place::Archive));
         for host in ["a", "./a:b", "/a:b", ":a", "."] {
             assert!(matches!(Place::parse(host), Place::Host(_)), "{host}");

@@ -11,7 +11,8 @@ use crate::sys::terminal;
 use super::super::run::variable;
 use super::super::{CliError, chain, say};
 
-const AFTER_HELP: &str = "It has the container's environment, folder and user unless flags say otherwise. Signals go to it.
+const AFTER_HELP: &str =
+    "It has the container's environment, folder and user unless flags say otherwise. Signals go to it.
 
 Exit status: the program's, and
   125  the container does not run, or its guest does not answer

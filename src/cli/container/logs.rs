@@ -11,7 +11,8 @@ use crate::sys::watch::Watch;
 
 use super::super::CliError;
 
-const AFTER_HELP: &str = "What was printed as errors comes as errors here. The newest 16 MiB at least are there.
+const AFTER_HELP: &str =
+    "What was printed as errors comes as errors here. The newest 16 MiB at least are there.
 
 Exit status:
   0  done

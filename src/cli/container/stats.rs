@@ -90,7 +90,7 @@ fn samples(names: &[String]) -> Result<Vec<Sample>, CliError> {
 
 fn sample(name: &str) -> Result<Sample, CliError> {
     let ask = |path| {
-        let vm = Client::connect(name, control::socket_path(name))?;
+        let vm = Client::connect(name, control::socket_path(name)?)?;
         let text = vm.ask("GET", path, None, "application/json")?;
         Ok::<Value, CliError>(serde_json::from_str(&text).unwrap_or_default())
     };

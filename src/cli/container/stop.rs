@@ -135,7 +135,7 @@ fn connect(container: &Container) -> Result<Option<Client>, CliError> {
         Ok(State::Ended(_)) | Err(ContainerError::NotFound(_)) => return Ok(None),
         Err(e) => return Err(e.into()),
     }
-    match Client::connect(name, control::socket_path(name)) {
+    match Client::connect(name, control::socket_path(name)?) {
         Err(_) if !matches!(container.state(), Ok(State::Running(_))) => Ok(None),
         client => Ok(Some(client?)),
     }
