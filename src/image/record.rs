@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -63,7 +64,7 @@ pub(super) struct NameRecord {
 pub struct Named {
     /// The image.
     pub record: Record,
-    /// Its names, with tags.
+    /// Its names, with a tag or with the digest it was pulled by.
     pub names: Vec<String>,
 }
 
@@ -139,8 +140,8 @@ impl Store {
         let failed = |source| ImageError::Store { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         flock(&file, FlockOperation::LockShared).map_err(|e| failed(e.into()))?;
-        // Removed between the two.
-        if !path.exists() {
+        // Removed between the two, and perhaps added again: that is another file.
+        if !is_at(&file, &path) {
             return Err(ImageError::NotFound(image.config.short()));
         }
         Ok(Lease { file })
@@ -183,14 +184,18 @@ impl Store {
     }
 }
 
+/// Whether a file that is open is still what a path leads to.
+#[must_use]
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let place = |meta: &fs::Metadata| (meta.dev(), meta.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(ours), Ok(there)) if place(&ours) == place(&there))
+}
+
 fn is_named(image: &Named, reference: &Reference) -> bool {
-    match &reference.digest {
-        Some(digest) => {
-            let repository = format!("{}:", reference.name());
-            *digest == image.record.manifest && image.names.iter().any(|name| name.starts_with(&repository))
-        }
-        None => image.names.contains(&reference.to_string()),
-    }
+    let of_repository =
+        |name: &String| name.strip_prefix(&reference.name()).is_some_and(|rest| rest.starts_with([':', '@']));
+    image.names.contains(&reference.pinned().to_string())
+        || reference.digest == Some(image.record.manifest) && image.names.iter().any(of_repository)
 }
 
 /// JSON of plain data, which cannot fail.

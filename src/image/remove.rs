@@ -28,7 +28,7 @@ pub struct Removed {
 pub fn remove(store: &Store, text: &str, force: bool, waiting: impl FnOnce()) -> Result<Removed, ImageError> {
     let _guard = store.to_remove(waiting)?;
     let image = store.find(text)?;
-    let by_name = text.parse::<Reference>().ok().map(|name| name.to_string());
+    let by_name = text.parse::<Reference>().ok().map(|name| name.pinned().to_string());
     let named = by_name.filter(|name| image.names.contains(name));
     let mut removed = Removed::default();
     match named {
@@ -44,7 +44,8 @@ pub fn remove(store: &Store, text: &str, force: bool, waiting: impl FnOnce()) ->
     Ok(removed)
 }
 
-/// Removes images without a name, with `all` also those with one, except for what a VM uses; and whatever no image needs.
+/// Removes images without a name, with `all` also those with one, except for what a VM uses; and whatever no image needs,
+/// downloads that were interrupted among it.
 ///
 /// # Errors
 /// The store cannot be read or written.
@@ -59,6 +60,10 @@ pub fn prune(store: &Store, all: bool, waiting: impl FnOnce()) -> Result<Removed
             Ok(()) | Err(ImageError::InUse(_)) => {}
             Err(error) => return Err(error),
         }
+    }
+    // Nobody downloads now: what is there is of somebody who was interrupted.
+    for path in store.files("partial")? {
+        remove_unneeded(&path, &mut removed)?;
     }
     sweep(store, &mut removed)?;
     Ok(removed)
@@ -95,11 +100,16 @@ fn sweep(store: &Store, removed: &mut Removed) -> Result<(), ImageError> {
     }
     for folder in ["blobs/sha256", "layers"] {
         for path in store.files(folder)?.into_iter().filter(|path| !needed.contains(path)) {
-            let size = fs::metadata(&path).map_or(0, |meta| meta.len());
-            remove_file(&path)?;
-            removed.freed += size;
+            remove_unneeded(&path, removed)?;
         }
     }
+    Ok(())
+}
+
+fn remove_unneeded(path: &Path, removed: &mut Removed) -> Result<(), ImageError> {
+    let size = fs::metadata(path).map_or(0, |meta| meta.len());
+    remove_file(path)?;
+    removed.freed += size;
     Ok(())
 }
 

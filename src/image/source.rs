@@ -16,7 +16,7 @@ use super::tar::{TarError, TarReader};
 const MAX_ENTRIES: usize = 100_000;
 
 /// The most bytes of JSON that are read into memory.
-pub(super) const MAX_JSON: u64 = 4 << 20;
+pub const MAX_JSON: u64 = 4 << 20;
 
 /// A set of named files.
 pub(super) enum Source {

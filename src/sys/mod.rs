@@ -9,6 +9,7 @@ pub mod guest_iovec;
 pub mod interface;
 pub mod lock;
 pub mod mapping;
+pub mod names;
 pub mod program;
 pub mod signals;
 pub mod socket_file;
