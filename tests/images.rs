@@ -5,124 +5,21 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::Stdio;
 
-use common::{Host, assert_fails, in_child, stdout};
-use microvm::image::{Digest, Store};
+use common::images::{Images, Tar, by_umoci, gzip, tool, with_stacked};
+use common::{assert_fails, in_child};
+use microvm::image::Digest;
 use serde_json::{Value, json};
-use tar::{EntryType, Header};
+use tar::EntryType;
 
-/// A test's own store.
-struct Images {
-    host: Host,
-}
-
-impl Images {
-    fn new() -> Self {
-        Self { host: Host::new() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.host.dir.path().join(name)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.host.microvm([&["image"], args].concat());
-        command.env("MICROVM_DATA", self.path("data"));
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
-    }
-
-    #[track_caller]
-    fn done(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", common::stderr(&output));
-        stdout(&output)
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(&self.done(args)).unwrap()
-    }
-
-    fn store(&self) -> Store {
-        Store::at(self.path("data/images")).unwrap()
-    }
-
-    /// Every file of the store but its lock.
-    fn files(&self) -> Vec<PathBuf> {
-        fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
-            for entry in fs::read_dir(dir).into_iter().flatten() {
-                let path = entry.unwrap().path();
-                if path.is_dir() { walk(&path, found) } else { found.push(path) }
-            }
-        }
-        let mut found = Vec::new();
-        walk(&self.path("data"), &mut found);
-        found.retain(|path| !path.ends_with("lock"));
-        found
-    }
-
-    /// The import fails with one line that has `words`, and leaves nothing behind.
-    #[track_caller]
-    fn refused(&self, args: &[&str], words: &[&str]) {
-        let output = self.run(&[&["import"], args].concat());
-        assert_fails(&output, 1, words);
-        assert_eq!(self.files(), Vec::<PathBuf>::new());
-    }
-}
-
-/// An archive, entry by entry, without the `tar` crate's checks of names.
-#[derive(Default)]
-struct Tar(Vec<u8>);
-
-impl Tar {
-    fn entry(mut self, kind: EntryType, name: &str, link: &str, data: &[u8]) -> Self {
-        let mut header = Header::new_ustar();
-        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
-        header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
-        header.set_entry_type(kind);
-        header.set_mode(if kind == EntryType::Directory { 0o750 } else { 0o644 });
-        header.set_uid(5);
-        header.set_gid(6);
-        header.set_mtime(7);
-        header.set_size(data.len() as u64);
-        header.set_cksum();
-        self.0.extend(header.as_bytes());
-        self.0.extend(data);
-        self.0.resize(self.0.len().next_multiple_of(512), 0);
-        self
-    }
-
-    fn file(self, name: &str, data: &[u8]) -> Self {
-        self.entry(EntryType::Regular, name, "", data)
-    }
-
-    fn dir(self, name: &str) -> Self {
-        self.entry(EntryType::Directory, name, "", b"")
-    }
-
-    fn link(self, name: &str, target: &str) -> Self {
-        self.entry(EntryType::Symlink, name, target, b"")
-    }
-
-    fn hard(self, name: &str, target: &str) -> Self {
-        self.entry(EntryType::Link, name, target, b"")
-    }
-
-    fn end(mut self) -> Vec<u8> {
-        self.0.extend([0; 1024]);
-        self.0
-    }
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
+/// The import fails with one line that has `words`, and leaves nothing behind.
+#[track_caller]
+fn refused(images: &Images, args: &[&str], words: &[&str]) {
+    let output = images.run(&[&["import"], args].concat());
+    assert_fails(&output, 1, words);
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
 }
 
 /// An OCI layout that is written part by part, so that any part can be wrong.
@@ -220,7 +117,7 @@ fn paths_that_escape_are_refused() {
         ("..", Tar::default().file("a/.wh...", b"").file("../", b"")),
     ] {
         images.host.file("bad.tar", &tar.end());
-        images.refused(&["bad.tar"], &["bad.tar", name]);
+        refused(&images, &["bad.tar"], &["bad.tar", name]);
     }
 }
 
@@ -244,12 +141,12 @@ fn archives_that_make_no_sense_are_refused() {
         ("larger than Linux", long_xattr()),
     ] {
         images.host.file("bad.tar", &tar.end());
-        images.refused(&["bad.tar"], &["bad.tar", words]);
+        refused(&images, &["bad.tar"], &["bad.tar", words]);
     }
     images.host.file("bad.tar", b"this is text");
-    images.refused(&["bad.tar"], &["bad.tar"]);
-    images.refused(&["missing.tar"], &["missing.tar", "No such file"]);
-    images.refused(&["/dev/null"], &["neither a file nor a folder"]);
+    refused(&images, &["bad.tar"], &["bad.tar"]);
+    refused(&images, &["missing.tar"], &["missing.tar", "No such file"]);
+    refused(&images, &["/dev/null"], &["neither a file nor a folder"]);
 }
 
 /// Attributes of more than 64 KiB.
@@ -268,7 +165,7 @@ fn what_is_cut_off_is_refused() {
         [&tar[..700], &tar[..1200], &tar[..3000], &tar[..tar.len() - 1024], &packed[..packed.len() - 9]]
     {
         images.host.file("cut.tar", bytes);
-        images.refused(&["cut.tar"], &["cut.tar"]);
+        refused(&images, &["cut.tar"], &["cut.tar"]);
     }
 }
 
@@ -278,14 +175,14 @@ fn archives_that_grow_are_stopped() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     encoder.write_all(&Tar::default().file("f", &vec![0; 8 << 20]).end()).unwrap();
     images.host.file("bomb.tar.gz", &encoder.finish().unwrap());
-    images.refused(&["bomb.tar.gz", "--max-size", "4M"], &["bomb.tar.gz", "larger than"]);
+    refused(&images, &["bomb.tar.gz", "--max-size", "4M"], &["bomb.tar.gz", "larger than"]);
     // A path of a thousand folders, a thousand times, is what counts, not the archive's size.
     let deep = (0..2000).fold(Tar::default(), |tar, i| {
         let path = format!("{i}/{}", "d/".repeat(1900));
         tar.entry(EntryType::GNULongName, "l", "", path.as_bytes()).file("x", b"")
     });
     images.host.file("deep.tar", &deep.end());
-    images.refused(&["deep.tar"], &["deep.tar", "more than"]);
+    refused(&images, &["deep.tar"], &["deep.tar", "more than"]);
 }
 
 #[test]
@@ -304,11 +201,11 @@ fn wrong_digests_are_refused() {
         bad[at] ^= 1;
         let name = part.file_name().unwrap().to_str().unwrap();
         fs::write(&part, &bad).unwrap();
-        images.refused(&["oci"], &[name]);
+        refused(&images, &["oci"], &[name]);
         fs::write(&part, &good[..good.len() - 1]).unwrap();
-        images.refused(&["oci"], &[name]);
+        refused(&images, &["oci"], &[name]);
         fs::remove_file(&part).unwrap();
-        images.refused(&["oci"], &[name, "missing"]);
+        refused(&images, &["oci"], &[name, "missing"]);
         fs::write(&part, &good).unwrap();
     }
     // The layer is what the manifest says, and not what the configuration says.
@@ -316,9 +213,9 @@ fn wrong_digests_are_refused() {
     let config = oci.config("amd64", &[&other]);
     let manifest = oci.manifest(&config, &[oci.blob(&layer)]);
     oci.index(&[manifest]);
-    images.refused(&["oci"], &[&Digest::of(&other).hex()]);
+    refused(&images, &["oci"], &[&Digest::of(&other).hex()]);
     oci.index(&[oci.manifest(&config, &[])]);
-    images.refused(&["oci"], &["different numbers"]);
+    refused(&images, &["oci"], &["different numbers"]);
 }
 
 #[test]
@@ -332,9 +229,9 @@ fn this_machines_image_is_taken() {
         descriptor
     };
     oci.index(std::slice::from_ref(&other));
-    images.refused(&["oci"], &["linux/arm64"]);
+    refused(&images, &["oci"], &["linux/arm64"]);
     oci.index(&[platform(other.clone(), "arm64")]);
-    images.refused(&["oci"], &["none for linux/amd64"]);
+    refused(&images, &["oci"], &["none for linux/amd64"]);
     let ours = oci.image("amd64", &[&layer]);
     let list = json!({ "schemaVersion": 2, "manifests": [platform(other, "arm64"), platform(ours.clone(), "amd64")] });
     let mut inner = oci.blob(list.to_string().as_bytes());
@@ -492,21 +389,6 @@ fn a_store_that_is_not_ours_is_refused() {
     assert_fails(&nowhere.output().unwrap(), 1, &["MICROVM_DATA"]);
 }
 
-/// Runs a tool that `scripts/test` has installed.
-#[track_caller]
-fn tool(images: &Images, line: &str) -> String {
-    let mut command = Command::new("sh");
-    command.args(["-euc", line]).current_dir(images.host.dir.path());
-    let output = command.env("MICROVM_DATA", images.path("data")).output().unwrap();
-    assert!(output.status.success(), "{line}: {}{}", stdout(&output), common::stderr(&output));
-    stdout(&output)
-}
-
-/// An image of three layers by umoci: as much of what a layer can hold as this user may make.
-fn by_umoci(images: &Images) {
-    tool(images, include_str!("host/image.sh"));
-}
-
 #[test]
 fn what_skopeo_writes_is_one_image_however_it_comes() {
     let images = Images::new();
@@ -545,28 +427,6 @@ fn layers_are_sound_file_systems() {
     for layer in image[0]["layers"].as_array().unwrap() {
         tool(&images, &format!("fsck.erofs {}", layer["path"]));
     }
-}
-
-/// Mounts an image's layers as `stacked` and runs a script beside it. False: it needs root, and a kernel with EROFS and
-/// overlayfs.
-fn with_stacked(images: &Images, name: &str, script: &str) -> bool {
-    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let is_root = rustix::process::geteuid().is_root();
-    if !is_root || !["erofs", "overlay"].iter().all(|name| known.contains(name)) {
-        eprintln!("left out: it needs root, and a kernel with erofs and overlay");
-        return false;
-    }
-    let image = images.json(&["inspect", name]);
-    let layers = image[0]["layers"].as_array().unwrap();
-    let mut mounts = String::from("mkdir stacked\n");
-    for (i, layer) in layers.iter().enumerate() {
-        mounts += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
-    }
-    let stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
-    mounts += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));
-    fs::write(images.path("script.sh"), mounts + script).unwrap();
-    tool(images, "unshare -m sh -eu script.sh");
-    true
 }
 
 #[test]
@@ -621,11 +481,11 @@ fn lists_of_lists_have_an_end() {
         entry["mediaType"] = json!("application/vnd.oci.image.index.v1+json");
     }
     oci.index(&[entry]);
-    images.refused(&["oci"], &["none for linux/amd64"]);
+    refused(&images, &["oci"], &["none for linux/amd64"]);
     oci.index(&[oci.manifest(&oci.config("amd64", &[]), &vec![oci.blob(b""); 501])]);
-    images.refused(&["oci"], &["more than 500 layers"]);
+    refused(&images, &["oci"], &["more than 500 layers"]);
     images.host.file("oci/index.json", b"{}");
-    images.refused(&["oci"], &["index.json", "missing field"]);
+    refused(&images, &["oci"], &["index.json", "missing field"]);
     images.host.file("oci/index.json", &vec![b' '; 5 << 20]);
-    images.refused(&["oci"], &["index.json", "more than"]);
+    refused(&images, &["oci"], &["index.json", "more than"]);
 }

@@ -54,7 +54,9 @@ pub struct PullArgs {
 
 pub(super) fn run(store: &Store, args: &PullArgs) -> Result<(), CliError> {
     if args.timeout.is_zero() {
-        return Err(CliError::Usage("--timeout 0: give a time in which a registry can answer, as 30s".into()));
+        return Err(CliError::Usage(
+            "--timeout 0: give a time in which a registry can answer, as 30s".into(),
+        ));
     }
     let options = PullOptions {
         plain_http: args.plain_http,
