@@ -3,16 +3,19 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use common::fake_registry::{CONFIG, Fake, INDEX, Image, MANIFEST, Reply, Request, descriptor};
 use common::images::{Images, Tar, gzip};
-use common::{assert_fails, stderr, stdout};
-use microvm::image::Digest;
+use common::{assert_fails, stderr, stdout, terminal};
+use microvm::image::{Digest, ImageError, PullOptions, PullPolicy, ensure};
 use serde_json::{Value, json};
 
 /// A layer that is no pattern, so that nothing comes out right by chance.
@@ -25,29 +28,10 @@ fn layer(name: &str, bytes: usize) -> Vec<u8> {
     Tar::default().file(name, &noise.take(bytes).collect::<Vec<_>>()).end()
 }
 
-fn pull_command(images: &Images, args: &[&str]) -> Command {
-    let mut command = images.host.microvm([&["pull"], args].concat());
-    command.env("MICROVM_DATA", images.path("data")).env("DOCKER_CONFIG", images.path("docker"));
-    command
-}
-
-fn pull(images: &Images, args: &[&str]) -> Output {
-    pull_command(images, args).output().unwrap()
-}
-
-/// A pull that goes well, as JSON.
-#[track_caller]
-fn pulled(images: &Images, name: &str) -> Value {
-    let output = pull(images, &[name, "--format", "json"]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(stderr(&output), "");
-    serde_json::from_str(&stdout(&output)).unwrap()
-}
-
 /// A pull that fails with one line, and after which nothing is registered.
 #[track_caller]
 fn refused(images: &Images, args: &[&str], words: &[&str]) {
-    assert_fails(&pull(images, args), 1, &[&[args[0], "cannot be pulled"], words].concat());
+    assert_fails(&images.pull(args), 1, &[&[args[0], "cannot be pulled"], words].concat());
     assert_eq!(images.json(&["ls", "--format", "json"]), json!([]));
 }
 
@@ -72,17 +56,17 @@ fn an_image_is_pulled_once() {
     let (plain, other) = (layer("a", 50_000), layer("bb", 300_000));
     let image = Image::new(&[&plain, &other, &plain]);
     let registry = Fake::new(move |request| image.answer(request));
-    let first = pulled(&images, &registry.app());
+    let first = images.pulled(&registry.app());
     assert_eq!(first["fetched"], plain.len() + other.len());
     assert_eq!(first["name"], format!("{}:latest", registry.app()));
     let before = registry.asked().len();
-    let second = pulled(&images, &registry.app());
+    let second = images.pulled(&registry.app());
     assert_eq!((&second["fetched"], &second["id"]), (&json!(0), &first["id"]));
     assert_eq!(registry.asked().len(), before + 2, "how it speaks, and the manifest");
     // One line for people, the id for scripts.
     let id = &first["id"].as_str().unwrap()[7..19];
-    assert_eq!(stdout(&pull(&images, &[&registry.app()])), format!("{id}  {}:latest\n", registry.app()));
-    assert_eq!(stdout(&pull(&images, &[&registry.app(), "-q"])), format!("{id}\n"));
+    assert_eq!(stdout(&images.pull(&[&registry.app()])), format!("{id}  {}:latest\n", registry.app()));
+    assert_eq!(stdout(&images.pull(&[&registry.app(), "-q"])), format!("{id}\n"));
     let image = images.json(&["inspect", &registry.app()]);
     assert_eq!(image[0]["layers"].as_array().unwrap().len(), 3);
     images.done(&["rm", &registry.app()]);
@@ -96,11 +80,11 @@ fn a_digest_is_a_name() {
     let digest = Digest::of(&image.manifest);
     let registry = Fake::new(move |request| image.answer(request));
     let name = format!("{}@{digest}", registry.app());
-    assert_eq!(pulled(&images, &name)["name"], name);
+    assert_eq!(images.pulled(&name)["name"], name);
     images.done(&["inspect", &name]);
     // The tag beside it says nothing.
     let both = format!("{}:any@{digest}", registry.app());
-    assert_eq!(pulled(&images, &both)["name"], name);
+    assert_eq!(images.pulled(&both)["name"], name);
     images.done(&["inspect", &both]);
     assert!(images.done(&["prune"]).contains("Freed: 0"), "it has a name");
     assert!(images.done(&["rm", &name]).contains("Deleted: "));
@@ -117,11 +101,11 @@ fn what_is_not_there_is_said() {
     refused(&images, &[&format!("{}/missing", registry.address)], &["no such image or tag"]);
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     refused(&images, &[&format!("{closed}/app")], &["Connection refused"]);
-    assert_fails(&pull(&images, &["Not A Name"]), 2, &["Not A Name"]);
-    assert_fails(&pull(&images, &["app", "--timeout", "0s"]), 2, &["--timeout 0"]);
-    let mut alone = pull_command(&images, &["app"]);
+    assert_fails(&images.pull(&["Not A Name"]), 2, &["Not A Name"]);
+    assert_fails(&images.pull(&["app", "--timeout", "0s"]), 2, &["--timeout 0"]);
+    let mut alone = images.pull_command(&["app"]);
     assert_fails(&alone.env("MICROVM_PULL", "/missing").output().unwrap(), 1, &["/missing", "MICROVM_PULL"]);
-    let mut ends = pull_command(&images, &["app"]);
+    let mut ends = images.pull_command(&["app"]);
     assert_fails(&ends.env("MICROVM_PULL", "/bin/true").output().unwrap(), 1, &["without an answer"]);
 }
 
@@ -247,12 +231,12 @@ fn this_machines_image_is_taken_of_a_list() {
             refused(&images, &[&registry.app()], &["none for linux/amd64", "linux/arm64/v8, linux/amd64/v9"]);
             continue;
         }
-        let pulled_image = pulled(&images, &registry.app());
+        let pulled_image = images.pulled(&registry.app());
         assert_eq!(pulled_image["digest"], json!(manifest));
         assert_eq!(pulled_image["registry_digest"], json!(digest));
         // By the list's digest, too, which is what people copy.
         let name = format!("{}@{digest}", registry.app());
-        pulled(&images, &name);
+        images.pulled(&name);
         images.done(&["inspect", &name]);
     }
 }
@@ -284,7 +268,7 @@ fn a_broken_download_goes_on() {
         let cut = reply.body.len().min(200_000);
         if request.path.ends_with(&path) { reply.cut(cut) } else { reply }
     });
-    assert_eq!(pulled(&images, &registry.app())["fetched"], length);
+    assert_eq!(images.pulled(&registry.app())["fetched"], length);
     let ranges: Vec<_> = registry.asked_for(&word).iter().map(|r| r.headers.get("range").cloned()).collect();
     assert_eq!(ranges.len(), length.div_ceil(200_000));
     assert_eq!(ranges[..2], [None, Some("bytes=200000-".into())]);
@@ -304,7 +288,7 @@ fn a_registry_without_ranges_starts_again() {
         let whole = Reply::new(200, content.clone());
         if request.before == 0 { whole.cut(100_000) } else { whole }
     });
-    assert_eq!(pulled(&images, &registry.app())["fetched"], length + 100_000);
+    assert_eq!(images.pulled(&registry.app())["fetched"], length + 100_000);
 }
 
 #[test]
@@ -352,13 +336,13 @@ fn a_killed_pull_is_gone_on_with() {
         let stalls = request.path.ends_with(&path) && request.before == 0;
         if stalls { reply.cut(400_000).hanging() } else { reply }
     });
-    let mut first = pull_command(&images, &[&registry.app()]).stdout(Stdio::null()).spawn().unwrap();
+    let mut first = images.pull_command(&[&registry.app()]).stdout(Stdio::null()).spawn().unwrap();
     wait_for_partial(&images, 400_000);
     // SIGKILL: microvm has no time to tell microvm-pull, which ends all the same and gives up its lock.
     first.kill().unwrap();
     first.wait().unwrap();
     assert_eq!(images.json(&["ls", "--format", "json"]), json!([]));
-    assert_eq!(pulled(&images, &registry.app())["fetched"], length - 400_000);
+    assert_eq!(images.pulled(&registry.app())["fetched"], length - 400_000);
     assert_eq!(registry.asked_for(&word)[1].headers["range"], "bytes=400000-");
     assert_eq!(partials(&images), Vec::<PathBuf>::new());
 }
@@ -374,7 +358,7 @@ fn a_partial_file_that_is_wrong_is_dropped() {
     for bytes in [1000, 2 * length] {
         let store = images.store();
         fs::write(store.partial(&digest), vec![7; bytes]).unwrap();
-        let fetched = pulled(&images, &registry.app())["fetched"].as_u64().unwrap();
+        let fetched = images.pulled(&registry.app())["fetched"].as_u64().unwrap();
         assert!(fetched >= length as u64);
         images.done(&["rm", &registry.app()]);
     }
@@ -388,7 +372,7 @@ fn two_pulls_at_once_download_once() {
     let image = Image::new(&[&one, &two]);
     let registry = Fake::new(move |request| image.answer(request));
     let start = |_| {
-        let mut command = pull_command(&images, &[&registry.app(), "--format", "json"]);
+        let mut command = images.pull_command(&[&registry.app(), "--format", "json"]);
         command.stdout(Stdio::piped()).spawn().unwrap()
     };
     let all: Vec<_> = (0..4).map(start).collect();
@@ -426,7 +410,7 @@ fn a_busy_registry_is_asked_again() {
             false => image.answer(request),
         });
         let start = Instant::now();
-        pulled(&images, &registry.app());
+        images.pulled(&registry.app());
         assert!(start.elapsed() >= Duration::from_secs(1));
     }
 }
@@ -477,7 +461,7 @@ fn a_token_is_fetched_where_the_registry_says() {
             refused(&images, &[&registry.app()], &["user name or password", "docker/config.json"]);
             log_in(&images, &registry.address.to_string(), "u", "p");
         }
-        pulled(&images, &registry.app());
+        images.pulled(&registry.app());
         images.done(&["rm", &registry.app()]);
     }
     let asked = &tokens.asked()[0].path;
@@ -498,7 +482,7 @@ fn an_identity_token_gets_a_token() {
         &images,
         &json!({ "auths": { registry.address.to_string(): { "identitytoken": "se&cret" } } }),
     );
-    pulled(&images, &registry.app());
+    images.pulled(&registry.app());
     assert!(tokens.asked()[0].body.contains("grant_type=refresh_token"));
 }
 
@@ -514,7 +498,7 @@ fn a_program_keeps_the_password() {
     let run = |script: &str| {
         let program = images.host.file("docker-credential-mine", format!("#!/bin/sh\n{script}\n").as_bytes());
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let mut command = pull_command(&images, &[&registry.app()]);
+        let mut command = images.pull_command(&[&registry.app()]);
         command.env("PATH", format!("{}:{path}", images.host.dir.path().display())).output().unwrap()
     };
     write_config(&images, &json!({ "credsStore": "mine" }));
@@ -542,7 +526,7 @@ fn a_login_is_for_the_registry_alone() {
         _ => Reply::new(401, "").with("WWW-Authenticate", "Basic realm=\"x\""),
     });
     let (place, digest) = (elsewhere.address, Digest::of(&content).to_string());
-    let target = std::sync::Arc::new(std::sync::Mutex::new(format!("http://{place}/blob?signature")));
+    let target = Arc::new(Mutex::new(format!("http://{place}/blob?signature")));
     let location = target.clone();
     let registry = Fake::new(move |request| {
         if request.headers.get("authorization").is_none_or(|value| value != "Basic dTpw") {
@@ -554,7 +538,7 @@ fn a_login_is_for_the_registry_alone() {
         }
     });
     log_in(&images, &registry.address.to_string(), "u", "p");
-    pulled(&images, &registry.app());
+    images.pulled(&registry.app());
     images.done(&["rm", &registry.app()]);
     *target.lock().unwrap() = format!("//{place}/asks");
     refused(&images, &[&registry.app()], &[&place.to_string(), "401"]);
@@ -598,4 +582,102 @@ fn a_layer_that_escapes_is_refused() {
     refused(&images, &[&registry.app()], &["../x", "leads out"]);
     images.done(&["prune"]);
     assert_eq!(images.files(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn three_layers_come_at_once() {
+    let images = Images::new();
+    let contents: Vec<_> = (1..7).map(|length| layer(&"x".repeat(length), 100)).collect();
+    let image = Image::new(&contents.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let config = serde_json::from_slice::<Value>(&image.manifest).unwrap()["config"]["digest"].clone();
+    let (running, most) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let (three, seen) = (Barrier::new(3), most.clone());
+    let registry = Fake::new(move |request| {
+        let is_layer = request.path.contains("blobs") && !request.path.ends_with(config.as_str().unwrap());
+        if is_layer {
+            seen.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            // Comes back when three are waiting: with fewer, the pull gives up.
+            three.wait();
+            running.fetch_sub(1, Ordering::SeqCst);
+        }
+        image.answer(request)
+    });
+    images.pulled(&registry.app());
+    assert_eq!(most.load(Ordering::SeqCst), 3);
+}
+
+#[test]
+fn a_token_that_has_expired_is_renewed() {
+    let images = Images::new();
+    let tokens =
+        Fake::new(|request| Reply::new(200, json!({ "token": request.before.to_string() }).to_string()));
+    let realm = format!("http://{}/token", tokens.address);
+    let (image, used) = (Image::new(&[&layer("a", 100)]), AtomicUsize::new(0));
+    // Each is good for one answer.
+    let registry = Fake::new(move |request| {
+        let next = used.load(Ordering::SeqCst);
+        let reply = guarded(&image, request, &next.to_string(), &realm);
+        if reply.status == 200 {
+            used.store(next + 1, Ordering::SeqCst);
+        }
+        reply
+    });
+    images.pulled(&registry.app());
+    assert_eq!(tokens.asked().len(), 3, "for the manifest, the configuration and the layer");
+}
+
+#[test]
+fn bars_are_for_terminals() {
+    let images = Images::new();
+    let content = layer("a", 300_000);
+    let image = Image::new(&[&content]);
+    let registry = Fake::new(move |request| image.answer(request));
+    let (mut screen, terminal) = terminal();
+    let mut command = images.pull_command(&[&registry.app()]);
+    let output = command.stderr(terminal).output().unwrap();
+    drop(command);
+    assert!(output.status.success());
+    assert_eq!(stdout(&output).lines().count(), 1);
+    let mut seen = Vec::new();
+    // The end of a terminal that nobody has open any more is an error.
+    let _ = screen.read_to_end(&mut seen);
+    let seen = String::from_utf8_lossy(&seen);
+    assert!(seen.contains("download") && seen.contains(&Digest::of(&content).short()), "{seen}");
+}
+
+#[test]
+fn a_proxy_is_used_for_other_machines() {
+    let images = Images::new();
+    let proxy = Fake::new(|_| Reply::new(502, ""));
+    let run = |name: &str| {
+        let mut command = images.pull_command(&["--plain-http", name]);
+        command.env("ALL_PROXY", format!("http://{}", proxy.address)).env_remove("NO_PROXY");
+        command.output().unwrap()
+    };
+    assert_fails(&run("registry.invalid/app"), 1, &["registry.invalid"]);
+    let asked = proxy.asked().len();
+    assert!(asked > 0 && proxy.asked()[0].path.contains("registry.invalid"), "{:?}", proxy.asked());
+    let image = Image::new(&[]);
+    let registry = Fake::new(move |request| image.answer(request));
+    assert!(run(&registry.app()).status.success());
+    assert_eq!(proxy.asked().len(), asked);
+}
+
+#[test]
+fn an_image_is_ensured_as_a_policy_says() {
+    let images = Images::new();
+    let image = Image::new(&[]);
+    let registry = Fake::new(move |request| image.answer(request));
+    let (store, options) = (images.store(), PullOptions::default());
+    let ensure = |policy| ensure(&store, &registry.app(), policy, &options);
+    let never = ensure(PullPolicy::Never).unwrap_err();
+    assert!(matches!(never, ImageError::NotFound(_)), "{never}");
+    // The program is not beside a test.
+    let missing = ensure(PullPolicy::Missing).unwrap_err().to_string();
+    assert!(missing.contains("microvm-pull"), "{missing}");
+    images.pulled(&registry.app());
+    for policy in [PullPolicy::Never, PullPolicy::Missing] {
+        assert_eq!(ensure(policy).unwrap().names, [format!("{}:latest", registry.app())]);
+    }
+    assert!(ensure(PullPolicy::Always).is_err());
 }

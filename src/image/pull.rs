@@ -55,6 +55,8 @@ impl Default for PullOptions {
 /// What `microvm-pull` is asked for, as JSON in its one argument.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PullRequest {
+    /// The store's folder.
+    pub store: PathBuf,
     /// The image.
     pub reference: String,
     /// How.
@@ -98,7 +100,9 @@ pub struct Pulled {
 /// cannot be written; `microvm-pull` is not there.
 pub fn pull(store: &Store, reference: &Reference, options: &PullOptions) -> Result<Pulled, ImageError> {
     let failed = |reason| ImageError::Pull { reference: reference.to_string(), reason };
-    let request = PullRequest { reference: reference.to_string(), options: options.clone() };
+    let store_path = store.path().to_path_buf();
+    let request =
+        PullRequest { store: store_path, reference: reference.to_string(), options: options.clone() };
     match ask(&request).map_err(failed)? {
         PullAnswer::Done { manifest, digest, fetched } => {
             let image = store.find(&manifest.to_string())?;

@@ -66,6 +66,12 @@ impl Store {
         Ok(store)
     }
 
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// To add: others may add at the same time, and nobody removes.
     ///
     /// # Errors

@@ -148,22 +148,24 @@ impl Http {
     /// What a failed request is to the user.
     pub fn unreachable(&self, uri: &Uri, error: &Error) -> PullError {
         let reason = match error {
+            // What does not hold of the encryption is bad data to it.
+            Error::Io(e) if e.kind() == ErrorKind::InvalidData => {
+                format!("{e} (SSL_CERT_FILE names further authorities, --plain-http goes without encryption)")
+            }
             Error::Io(e) => e.to_string(),
             Error::Timeout(_) => format!("no answer for {:?} (--timeout)", self.timeout),
             Error::HostNotFound => "there is no host of that name".into(),
-            Error::Rustls(e) => {
-                format!("{e}: SSL_CERT_FILE names further authorities, --plain-http goes without TLS")
-            }
             other => other.to_string(),
         };
         PullError::Unreachable { host: host(uri), reason }
     }
 }
 
-/// Whether the same request may have better luck at once. Where nobody listens, or answers in time, it has not.
+/// Whether the same request may have better luck at once. Where nobody listens or answers in time, or somebody else than
+/// the certificate says, it has not.
 fn is_passing(error: &Error) -> bool {
     match error {
-        Error::Io(e) => e.kind() != ErrorKind::ConnectionRefused,
+        Error::Io(e) => !matches!(e.kind(), ErrorKind::ConnectionRefused | ErrorKind::InvalidData),
         error => matches!(error, Error::ConnectionFailed),
     }
 }
@@ -246,6 +248,24 @@ mod tests {
         for bad in ["", "ftp://b/c", "file:///etc/passwd", "https://", "http:// b/"] {
             assert_eq!(resolve(&base, bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_redirect_keeps_to_encryption_and_the_login_to_its_host() {
+        let http = Http::new(Duration::from_secs(1), true);
+        let follow = |place: &str| {
+            let authorization = Some(HeaderValue::from_static("secret"));
+            let uri = "https://a/v2/".parse().unwrap();
+            let mut request = Request { uri, authorization, ..Request::default() };
+            let response =
+                Response::builder().header(LOCATION, place).body(Body::builder().data("")).unwrap();
+            http.follow(&mut request, &response, 1).map(|()| request.authorization.is_some())
+        };
+        for (place, with_login) in [("/x", true), ("https://a:443/x", true), ("https://b/x", false)] {
+            assert_eq!(follow(place).unwrap(), with_login, "{place}");
+        }
+        assert!(!follow("https://a:5000/x").unwrap());
+        assert!(follow("http://a/x").unwrap_err().to_string().contains("not encrypted"));
     }
 
     #[test]

@@ -40,7 +40,7 @@ struct Resolved {
 /// Gets an image.
 pub fn pull(request: &PullRequest) -> Result<PullAnswer, PullError> {
     let reference: Reference = request.reference.parse().map_err(ImageError::from)?;
-    let store = Arc::new(Store::open()?);
+    let store = Arc::new(Store::at(request.store.clone())?);
     let guard = store.to_add()?;
     let registry = Registry::connect(&reference, &request.options)?;
     let resolved = resolve(&registry, &reference)?;

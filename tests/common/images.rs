@@ -47,6 +47,25 @@ impl Images {
         serde_json::from_str(&self.done(args)).unwrap()
     }
 
+    pub fn pull_command(&self, args: &[&str]) -> Command {
+        let mut command = self.host.microvm([&["pull"], args].concat());
+        command.env("MICROVM_DATA", self.path("data")).env("DOCKER_CONFIG", self.path("docker"));
+        command
+    }
+
+    pub fn pull(&self, args: &[&str]) -> Output {
+        self.pull_command(args).output().unwrap()
+    }
+
+    /// A pull that goes well, as JSON.
+    #[track_caller]
+    pub fn pulled(&self, name: &str) -> Value {
+        let output = self.pull(&[name, "--format", "json"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output), "");
+        serde_json::from_str(&stdout(&output)).unwrap()
+    }
+
     pub fn store(&self) -> Store {
         Store::at(self.path("data/images")).unwrap()
     }
@@ -146,7 +165,12 @@ pub fn with_stacked(images: &Images, name: &str, script: &str) -> bool {
     for (i, layer) in layers.iter().enumerate() {
         mounts += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
     }
-    let stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
+    let mut stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
+    if stack.len() == 1 {
+        // overlayfs wants two.
+        mounts += "mkdir nothing\n";
+        stack.push("nothing".into());
+    }
     mounts += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));
     fs::write(images.path("script.sh"), mounts + script).unwrap();
     tool(images, "unshare -m sh -eu script.sh");
