@@ -315,6 +315,48 @@ fn names_move_and_images_go() {
 }
 
 #[test]
+fn an_id_is_found_however_its_layers_are_packed() {
+    let images = Images::new();
+    let tar = Tar::default().file("f", b"x").end();
+    images.host.file("plain.tar", &tar);
+    images.host.file("packed.tar.gz", &gzip(&tar));
+    let id = images.json(&["import", "plain.tar", "--format", "json"])[0]["id"].clone();
+    images.done(&["import", "packed.tar.gz", "--name", "app"]);
+    let id = &id.as_str().unwrap()[7..19];
+    assert_eq!(images.json(&["inspect", id])[0]["names"], json!(["docker.io/library/app:latest"]));
+    images.done(&["import", "plain.tar", "--name", "other"]);
+    assert_fails(&images.run(&["rm", id]), 1, &["several names"]);
+    assert_eq!(images.done(&["rm", "--force", id]).matches("Deleted: ").count(), 2);
+    assert_eq!(images.files(), Vec::<PathBuf>::new());
+    let digest = format!("app@{}", Digest::of(b""));
+    refused(&images, &["plain.tar", "--name", &digest], &["--name", "without a digest"]);
+}
+
+#[test]
+fn odd_layouts_are_no_trap() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    // Go writes empty lists so.
+    let config =
+        oci.blob(br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":null}}"#);
+    let manifest = json!({ "schemaVersion": 2, "config": config, "layers": null });
+    oci.index(&[oci.blob(manifest.to_string().as_bytes())]);
+    images.done(&["import", "oci", "--name", "nothing"]);
+    images.done(&["rm", "nothing"]);
+    // A pipe that nobody writes to.
+    let entry = oci.image("amd64", &[b"x"]);
+    let part = images.path("oci/blobs/sha256").join(&entry["digest"].as_str().unwrap()[7..]);
+    fs::remove_file(&part).unwrap();
+    tool(&images, &format!("mkfifo {}", part.display()));
+    oci.index(&[entry]);
+    refused(&images, &["oci"], &["no regular file"]);
+    // Records without a value say nothing.
+    let tar = Tar::default().entry(EntryType::XHeader, "x", "", b"8 path=\n9 mtime=\n").file("f", b"x");
+    images.host.file("files.tar", &tar.end());
+    images.done(&["import", "files.tar", "--name", "files"]);
+}
+
+#[test]
 fn imports_at_once_are_one_image() {
     let images = Images::new();
     images.host.file("files.tar", &Tar::default().file("f", &vec![7; 3 << 20]).end());
@@ -367,7 +409,7 @@ fn a_disk_that_is_full_registers_nothing() {
     images.host.file("files.tar", &Tar::default().file("f", &vec![7; 3 << 20]).end());
     let mut import = images.command(&["import", "files.tar", "--name", "app"]);
     let output = in_child(&mut import, small_files).output().unwrap();
-    assert_fails(&output, 1, &["files.tar", "File too large"]);
+    assert_fails(&output, 1, &["files.tar", "store cannot be written", "File too large"]);
     assert_eq!(images.files(), Vec::<PathBuf>::new());
     images.done(&["import", "files.tar", "--name", "app"]);
     let mut export = images.command(&["export", "app", "-o", "out.tar"]);
@@ -395,13 +437,20 @@ fn what_skopeo_writes_is_one_image_however_it_comes() {
     by_umoci(&images);
     tool(&images, "skopeo copy -q oci:oci:app oci-archive:oci.tar:example.com/app:1");
     tool(&images, "skopeo copy -q oci:oci:app docker-archive:docker.tar:example.com/app:2");
+    tool(
+        &images,
+        "skopeo copy -q docker-archive:docker.tar oci-archive:zstd.tar --dest-compress-format zstd --dest-compress",
+    );
     let layout = images.json(&["import", "oci", "--name", "app", "--format", "json"]);
     let archive = images.json(&["import", "oci.tar", "--format", "json"]);
     let docker = images.json(&["import", "docker.tar", "--format", "json"]);
     assert_eq!(layout[0]["digest"], archive[0]["digest"]);
     assert_eq!(archive[0]["names"], json!(["example.com/app:1"]));
     assert_eq!(docker[0]["names"], json!(["example.com/app:2"]));
-    // Docker's archive has plain layers: their file systems are there already.
+    images.done(&["import", "zstd.tar", "--name", "zstd"]);
+    let inner = tool(&images, "tar -xf zstd.tar; head -qc 4 blobs/sha256/* | od -An -tx1 | tr -d ' \n'");
+    assert_eq!(inner.matches("28b52ffd").count(), 3, "{inner}");
+    // Docker's archive has plain layers, and these others: their file systems are there already.
     let layers = images.files().iter().filter(|f| f.extension().is_some_and(|e| e == "erofs")).count();
     assert_eq!(layers, 3);
     // And out again.

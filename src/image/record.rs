@@ -113,22 +113,30 @@ impl Store {
     /// # Errors
     /// There is none, or there are several.
     pub fn find(&self, text: &str) -> Result<Named, ImageError> {
+        let all = self.find_all(text)?;
+        // What has the same id has the same files, whatever its layers were packed with.
+        let named = all.iter().find(|image| !image.names.is_empty()).or(all.first());
+        named.cloned().ok_or_else(|| ImageError::NotFound(text.into()))
+    }
+
+    /// As [`Store::find`]; several are of one id, and differ in how their layers were packed.
+    pub(super) fn find_all(&self, text: &str) -> Result<Vec<Named>, ImageError> {
         let images = self.images()?;
         if let Ok(reference) = text.parse::<Reference>()
             && let Some(found) = images.iter().find(|image| is_named(image, &reference))
         {
-            return Ok(found.clone());
+            return Ok(vec![found.clone()]);
         }
         let hex = text.strip_prefix("sha256:").unwrap_or(text);
         let is_id = hex.len() >= 4 && hex.bytes().all(|b| b.is_ascii_hexdigit());
         let starts = |digest: &Digest| is_id && digest.hex().starts_with(hex);
-        let mut found =
-            images.iter().filter(|image| starts(&image.record.config) || starts(&image.record.manifest));
-        match (found.next(), found.next()) {
-            (Some(image), None) => Ok(image.clone()),
-            (Some(_), Some(_)) => Err(ImageError::Ambiguous(text.into())),
-            (None, _) => Err(ImageError::NotFound(text.into())),
+        let is_meant = |image: &Named| starts(&image.record.config) || starts(&image.record.manifest);
+        let found: Vec<Named> = images.into_iter().filter(is_meant).collect();
+        let Some(first) = found.first() else { return Err(ImageError::NotFound(text.into())) };
+        if found.iter().any(|image| image.record.config != first.record.config) {
+            return Err(ImageError::Ambiguous(text.into()));
         }
+        Ok(found)
     }
 
     /// Uses an image: it stays until the lease ends.

@@ -27,19 +27,22 @@ pub struct Removed {
 /// There is no such image, a VM uses it, it has several names, or the store cannot be written.
 pub fn remove(store: &Store, text: &str, force: bool, waiting: impl FnOnce()) -> Result<Removed, ImageError> {
     let _guard = store.to_remove(waiting)?;
-    let image = store.find(text)?;
+    let images = store.find_all(text)?;
+    let names = || images.iter().flat_map(|image| &image.names);
     let by_name = text.parse::<Reference>().ok().map(|name| name.pinned().to_string());
-    let named = by_name.filter(|name| image.names.contains(name));
+    let named = by_name.filter(|by_name| names().any(|name| name == by_name));
     let mut removed = Removed::default();
     match named {
-        Some(name) if image.names.len() > 1 => {
+        Some(name) if names().count() > 1 => {
             remove_name(store, &name, &mut removed)?;
             return Ok(removed);
         }
-        None if image.names.len() > 1 && !force => return Err(ImageError::SeveralNames(text.into())),
+        None if names().count() > 1 && !force => return Err(ImageError::SeveralNames(text.into())),
         _ => {}
     }
-    remove_image(store, &image, &mut removed)?;
+    for image in &images {
+        remove_image(store, image, &mut removed)?;
+    }
     sweep(store, &mut removed)?;
     Ok(removed)
 }

@@ -1,9 +1,9 @@
 //! What is imported, as a set of named files: a folder, or an archive whose entries are found by their place.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -149,7 +149,8 @@ impl Source {
             Self::Folder(folder) => {
                 let path = folder.join(clean(name));
                 let open = || -> io::Result<Part> {
-                    let file = File::open(&path)?;
+                    // A pipe that nobody writes to would not open at all.
+                    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path)?;
                     let meta = file.metadata()?;
                     if !meta.is_file() {
                         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));

@@ -233,6 +233,8 @@ impl Extensions {
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
         let broken = || TarError::Format("a number in a pax record");
         match key {
+            // Without a value a record says that there is none: what the header has counts (POSIX, pax).
+            b"path" | b"linkpath" | b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
             b"path" => self.path = Some(value.into()),
             b"linkpath" => self.link = Some(value.into()),
             b"size" => self.size = Some(number(value).ok_or_else(broken)?),

@@ -213,7 +213,9 @@ impl<R: Read> Read for Copied<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         if let Some(mut copy) = self.copy {
-            copy.write_all(&buffer[..count])?;
+            let written = copy.write_all(&buffer[..count]);
+            // Whoever reads would take it for the layer's own.
+            written.map_err(|e| io::Error::new(e.kind(), format!("the store cannot be written: {e}")))?;
         }
         Ok(count)
     }
