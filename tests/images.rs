@@ -520,6 +520,49 @@ fn whiteouts_hide_what_is_below_and_nothing_else() {
 }
 
 #[test]
+fn a_folder_is_as_the_layers_below_have_it_and_no_other_image() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let below = Tar::default().dir("a").dir("b").file("b/old", b"").end();
+    let gone = Tar::default().file(".wh.b", b"").end();
+    let top = Tar::default().file("a/x", b"").file("b/x", b"").end();
+    let import = |name: &str, layers: &[&[u8]]| {
+        oci.index(&[oci.image("amd64", layers)]);
+        images.done(&["import", "oci", "--name", name]);
+    };
+    // The same archive, alone first: there its folders are nobody's.
+    import("alone", &[&top]);
+    import("app", &[&below, &top]);
+    import("again", &[&below, &gone, &top]);
+    with_stacked(&images, "alone", "cd stacked; [ $(stat -c %u:%a a) = 0:755 ]");
+    with_stacked(
+        &images,
+        "app",
+        "cd stacked; [ $(stat -c %u:%a a) = 5:750 ]; [ $(stat -c %u:%a b) = 5:750 ]",
+    );
+    // What is gone has left no owner either.
+    with_stacked(
+        &images,
+        "again",
+        "cd stacked; [ $(stat -c %u:%a a) = 5:750 ]; [ $(stat -c %u:%a b) = 0:755 ]",
+    );
+}
+
+#[test]
+fn an_opaque_root_hides_all() {
+    let images = Images::new();
+    let oci = Oci::new(images.path("oci"));
+    let below = Tar::default().dir("a").file("a/old", b"").file("f", b"").dir("d").file("d/old", b"");
+    let middle = Tar::default().file("g", b"").end();
+    let top = Tar::default().file("d/new", b"").file(".wh..wh..opq", b"").file("f", b"new");
+    oci.index(&[oci.image("amd64", &[&below.end(), &middle, &top.end()])]);
+    images.done(&["import", "oci", "--name", "app"]);
+    let check = "cd stacked; found=$(find . -mindepth 1 | sort | xargs); [ \"$found\" = './d ./d/new ./f' ] || { echo $found; exit 1; }\n\
+         [ $(cat f) = new ]; [ $(stat -c %u:%a d) = 0:755 ]";
+    with_stacked(&images, "app", check);
+}
+
+#[test]
 fn lists_of_lists_have_an_end() {
     let images = Images::new();
     let oci = Oci::new(images.path("oci"));

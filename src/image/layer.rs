@@ -7,7 +7,7 @@ use std::io::{self, Read, Seek, Write};
 
 use thiserror::Error;
 
-use super::erofs::{Kind, Meta, Node, NodeId, Tree, Writer, XATTR_PREFIXES, Xattrs};
+use super::erofs::{Kind, Meta, Node, NodeId, OPAQUE, Tree, Writer, XATTR_PREFIXES, Xattrs};
 use super::tar::{Entry, TarError, TarReader};
 
 /// The longest name of a file and the longest path or target of a link, in bytes, as Linux has them.
@@ -16,8 +16,6 @@ const MAX_PATH: usize = 4095;
 
 /// The most bytes of one file's extended attributes in all: what Linux lets a file have.
 const MAX_XATTRS: usize = 64 << 10;
-
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// How much a layer may be: against archives that unpack to more than anybody wants.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +65,8 @@ pub struct Layer {
     limits: Limits,
     /// Folders that the archive uses and has not described.
     implied: BTreeMap<NodeId, Vec<u8>>,
+    /// It hides all of the layers below.
+    opaque: bool,
     metadata: u64,
     entries: usize,
 }
@@ -75,7 +75,14 @@ impl Layer {
     /// A layer without files.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { tree: Tree::default(), limits, implied: BTreeMap::new(), metadata: 0, entries: 0 }
+        Self {
+            tree: Tree::default(),
+            limits,
+            implied: BTreeMap::new(),
+            opaque: false,
+            metadata: 0,
+            entries: 0,
+        }
     }
 
     /// Reads an archive and writes its image to `out`, an empty file.
@@ -101,13 +108,30 @@ impl Layer {
         &self.tree
     }
 
-    /// Folders that the archive has used without describing them, with their paths: their owner and mode are those of
-    /// the layers below.
-    pub fn implied(&self) -> impl Iterator<Item = &[u8]> {
-        self.implied.values().map(Vec::as_slice)
+    /// Whether its image depends on the layers below: it uses folders without describing them, or hides all of them.
+    #[must_use]
+    pub fn leans_on_others(&self) -> bool {
+        self.opaque || !self.implied.is_empty()
     }
 
-    /// Sets owner, mode and times of those folders.
+    /// Whether it hides all of the layers below.
+    #[must_use]
+    pub fn is_opaque(&self) -> bool {
+        self.opaque
+    }
+
+    /// Hides what a layer below has in its root: overlayfs does not look whether a root is opaque.
+    pub fn hide(&mut self, name: &[u8]) {
+        let root = self.tree.root();
+        match self.tree.child(root, name) {
+            Some(there) if self.tree.node(there).is_dir() => self.set_opaque(there),
+            Some(_) => {}
+            None => self.add_whiteout(root, name),
+        }
+    }
+
+    /// Sets owner, mode and times of folders that the archive has used without describing them, by their paths: they are
+    /// those of the layers below.
     pub fn describe(&mut self, mut lookup: impl FnMut(&[u8]) -> Option<Meta>) {
         for (&id, path) in &self.implied {
             if let Some(mut meta) = lookup(path) {
@@ -245,6 +269,7 @@ impl Layer {
         let dir = self.folder(above, path)?;
         if name == b".wh..wh..opq" {
             self.set_opaque(dir);
+            self.opaque |= above.is_empty();
             return Ok(());
         }
         if name.starts_with(b".wh..wh.") {
@@ -259,12 +284,14 @@ impl Layer {
             // A whiteout is about the layers below alone, whatever the order of entries.
             Some(there) if self.tree.node(there).is_dir() => self.set_opaque(there),
             Some(_) => {}
-            None => {
-                let node = self.tree.add(Node { meta: Meta::default(), kind: Kind::CharDevice(0, 0) });
-                self.tree.name(dir, hidden, node);
-            }
+            None => self.add_whiteout(dir, hidden),
         }
         Ok(())
+    }
+
+    fn add_whiteout(&mut self, dir: NodeId, name: &[u8]) {
+        let node = self.tree.add(Node { meta: Meta::default(), kind: Kind::CharDevice(0, 0) });
+        self.tree.name(dir, name, node);
     }
 
     fn hard_link(&mut self, dir: NodeId, name: &[u8], entry: &Entry, path: &Path) -> Result<(), LayerError> {

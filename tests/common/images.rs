@@ -161,14 +161,14 @@ pub fn with_stacked(images: &Images, name: &str, script: &str) -> bool {
     }
     let image = images.json(&["inspect", name]);
     let layers = image[0]["layers"].as_array().unwrap();
-    let mut mounts = String::from("mkdir stacked\n");
+    let mut mounts = String::from("mkdir -p stacked\n");
     for (i, layer) in layers.iter().enumerate() {
-        mounts += &format!("mkdir m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
+        mounts += &format!("mkdir -p m{i}; mount -t erofs -o loop,ro {} m{i}\n", layer["path"]);
     }
     let mut stack: Vec<_> = (0..layers.len()).rev().map(|i| format!("m{i}")).collect();
     if stack.len() == 1 {
         // overlayfs wants two.
-        mounts += "mkdir nothing\n";
+        mounts += "mkdir -p nothing\n";
         stack.push("nothing".into());
     }
     mounts += &format!("mount -t overlay overlay -o lowerdir={} stacked\n", stack.join(":"));

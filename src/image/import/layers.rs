@@ -5,7 +5,7 @@ use std::thread;
 
 use super::super::decode::{self, Packing};
 use super::super::digest::{Digest, HashingReader};
-use super::super::erofs;
+use super::super::erofs::{self, Found};
 use super::super::error::ImageError;
 use super::super::layer::{Layer, LayerError};
 use super::super::manifest::Descriptor;
@@ -157,9 +157,10 @@ impl<'a> Layers<'a> {
         stored: Option<Temporary>,
         image: Temporary,
     ) -> Result<(), ImageError> {
-        let chained = pass.layer.implied().next().is_some() && !self.done.is_empty();
+        // The lowest, too: the same archive may stand above others in another image.
+        let chained = pass.layer.leans_on_others();
         if chained {
-            self.describe(&mut pass.layer)?;
+            self.adapt(&mut pass.layer)?;
         }
         let key = if chained { self.chained(pass.diff_id) } else { pass.diff_id };
         let mut uuid = [0; 16];
@@ -182,16 +183,32 @@ impl<'a> Layers<'a> {
     }
 
     /// overlayfs shows the owner and mode of a folder as its uppermost layer has them: where a layer only passes through
-    /// a folder, these are what the layers below say.
-    fn describe(&self, layer: &mut Layer) -> Result<(), ImageError> {
+    /// a folder, these are what the layers below say. And it hides a root's entries one by one alone.
+    fn adapt(&self, layer: &mut Layer) -> Result<(), ImageError> {
         let mut below = Vec::new();
         for (record, _) in self.done.iter().rev() {
             let path = self.store.layer(&record.image);
-            let opened = erofs::Reader::open(&path);
-            below.push(opened.map_err(|source| ImageError::Store { path, source })?);
+            let failed = |source| ImageError::Store { path: path.clone(), source };
+            let opened = erofs::Reader::open(&path).map_err(failed)?;
+            if layer.is_opaque() {
+                opened.names().map_err(failed)?.iter().for_each(|name| layer.hide(name));
+            } else {
+                below.push((path, opened));
+            }
         }
-        layer.describe(|path| below.iter().find_map(|layer| layer.folder(path).ok().flatten()));
-        Ok(())
+        let mut broken = None;
+        layer.describe(|path| {
+            for (place, layer) in &below {
+                match layer.folder(path) {
+                    Ok(Found::Folder(meta)) => return Some(meta),
+                    Ok(Found::Hidden) => return None,
+                    Ok(Found::Nothing) => {}
+                    Err(source) => broken = Some(ImageError::Store { path: place.clone(), source }),
+                }
+            }
+            None
+        });
+        broken.map_or(Ok(()), Err)
     }
 }
 
