@@ -130,7 +130,20 @@ fn archives_that_make_no_sense_are_refused() {
         ("should be", Tar::default().file("f", b"").file("f/x", b"")),
         ("of nothing", Tar::default().file("d/.wh.", b"")),
         ("without a target", Tar::default().link("l", "")),
-        ("not known", Tar::default().entry(EntryType::GNUSparse, "s", "", b"")),
+        ("another format", Tar::default().entry(EntryType::GNUSparse, "s", "", b"")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.map", "5,1,4,1").file("s", b"xx")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.map", "0,1,4").file("s", b"x")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.map", "0,1").file("s", b"xx")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.map", "18446744073709551615,2").file("s", b"xx")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.map", "9,2").file("s", b"xx")),
+        ("version that is not known", pax(Tar::default(), "GNU.sparse.new", "1").file("s", b"x")),
+        ("map of a sparse", pax(Tar::default(), "GNU.sparse.major", "1").file("s", &[b'1'; 512])),
+        ("cut off", pax(Tar::default(), "GNU.sparse.major", "1").file("s", b"1\n")),
+        (
+            "bytes of files",
+            pax(pax(Tar::default(), "GNU.sparse.map", "0,1"), "GNU.sparse.size", "99999999999999")
+                .file("s", b"x"),
+        ),
         ("not known", Tar::default().entry(EntryType::new(b'Z'), "s", "", b"")),
         (
             "too many headers",
@@ -488,10 +501,47 @@ fn stacked_layers_are_what_umoci_unpacks() {
     with_stacked(&images, "app", &format!("{unpack}; python3 {compare} stacked want/rootfs 500"));
 }
 
+/// A pax record of its own.
+fn pax(tar: Tar, key: &str, value: &str) -> Tar {
+    let record = format!(" {key}={value}\n");
+    let digits = if record.len() < 98 { 2 } else { 3 };
+    tar.entry(EntryType::XHeader, "x", "", format!("{}{record}", record.len() + digits).as_bytes())
+}
+
 /// A pax record of one extended attribute.
 fn xattr(tar: Tar, name: &str, value: &str) -> Tar {
-    let record = format!(" SCHILY.xattr.{name}={value}\n");
-    tar.entry(EntryType::XHeader, "x", "", format!("{}{record}", record.len() + 2).as_bytes())
+    pax(tar, &format!("SCHILY.xattr.{name}"), value)
+}
+
+#[test]
+fn files_with_holes_are_whole() {
+    let images = Images::new();
+    tool(
+        &images,
+        "mkdir d; for i in $(seq 40); do printf %s $i | dd of=d/many bs=1 seek=$((i * 65536)) conv=notrunc status=none; done
+         truncate -s 3M d/many; truncate -s 1M d/hole; echo start >d/start; truncate -s 200K d/start; echo x >d/plain
+         for format in 'gnu' 'posix --sparse-version=0.0' 'posix --sparse-version=0.1' 'posix --sparse-version=1.0'; do
+             tar -C d --sparse --format=$format -cf \"${format##*=}.tar\" .
+         done
+         tar -C d --format=posix -cf whole.tar .",
+    );
+    let layer = |name: &str| {
+        images.done(&["import", &format!("{name}.tar"), "--name", "x"]);
+        let image = images.json(&["inspect", "x"]);
+        fs::read(image[0]["layers"][0]["path"].as_str().unwrap()).unwrap()
+    };
+    let whole = layer("whole");
+    assert!(whole.len() > 4 << 20);
+    for name in ["gnu", "0.0", "0.1", "1.0"] {
+        assert!(
+            fs::metadata(images.path(&format!("{name}.tar"))).unwrap().len() < 1 << 20,
+            "{name} has holes"
+        );
+        let found = layer(name);
+        // But for the name of the file system, and times, which GNU's format has to the second.
+        assert_eq!(found.len(), whole.len(), "{name}");
+        assert_eq!(found[8192..4 << 20], whole[8192..4 << 20], "{name}");
+    }
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Layer {
     /// It hides all of the layers below.
     opaque: bool,
     metadata: u64,
+    /// Bytes of all files, holes included.
+    data: u64,
     entries: usize,
 }
 
@@ -81,6 +83,7 @@ impl Layer {
             implied: BTreeMap::new(),
             opaque: false,
             metadata: 0,
+            data: 0,
             entries: 0,
         }
     }
@@ -190,6 +193,11 @@ impl Layer {
         self.metadata += (entry.path.len() + entry.link.len() + xattrs) as u64;
         if self.entries > self.limits.entries || self.tree.count() > 2 * self.limits.entries {
             return Err(LayerError::Limit(format!("{} files", self.limits.entries)));
+        }
+        // Holes take nothing of the archive.
+        self.data = self.data.saturating_add(entry.size);
+        if self.data > self.limits.bytes {
+            return Err(LayerError::Limit(format!("{} bytes of files", self.limits.bytes)));
         }
         if self.metadata > self.limits.metadata {
             return Err(LayerError::Limit(format!("{} bytes of names and attributes", self.limits.metadata)));
@@ -424,10 +432,24 @@ mod tests {
             };
             bytes.extend(entry(&mut header, data));
         }
+        for (name, map) in [("d/sparse", true), ("d/last", false)] {
+            let mut header = if map { tar::Header::new_gnu() } else { tar::Header::new_ustar() };
+            header.set_path(name).unwrap();
+            header.set_mode(0o644);
+            if map {
+                header.set_entry_type(tar::EntryType::GNUSparse);
+                // A piece of 4 bytes at 010000 in a file of 020000.
+                header.as_mut_bytes()[386..410].copy_from_slice(b"00000010000\x0000000000004\0");
+                header.as_mut_bytes()[483..495].copy_from_slice(b"00000020000\0");
+            }
+            bytes.extend(entry(&mut header, b"data"));
+        }
         let mut header = tar::Header::new_ustar();
-        header.set_path("d/last").unwrap();
-        header.set_mode(0o644);
-        bytes.extend(entry(&mut header, b"data"));
+        header.set_entry_type(tar::EntryType::XHeader);
+        header.set_path("x").unwrap();
+        bytes.extend(entry(&mut header, b"22 GNU.sparse.major=1\n29 GNU.sparse.realsize=10000\n"));
+        header.set_entry_type(tar::EntryType::Regular);
+        bytes.extend(entry(&mut header, &[&b"2\n0\n2\n4096\n2\n"[..], &[0; 512 - 13], b"data"].concat()));
         bytes
     }
 
@@ -450,7 +472,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_damage_panics(damage in prop::collection::vec((0usize..8192, any::<u8>()), 1..8)) {
+        fn no_damage_panics(damage in prop::collection::vec((0usize..16384, any::<u8>()), 1..8)) {
             let mut bytes = archive();
             for (at, value) in damage {
                 let at = at % bytes.len();

@@ -72,6 +72,7 @@ impl Archive {
             let at = reader.get_ref().at;
             let whole = at.checked_add(entry.size).is_some_and(|last| last <= end);
             match entry.kind {
+                b'0' if entry.has_holes => return Err(failed(TarError::Format("a part with holes"))),
                 b'0' if !whole => return Err(failed(TarError::Truncated)),
                 b'0' => drop(files.insert(name, (at, entry.size))),
                 b'1' => drop(links.insert(name, clean(&String::from_utf8_lossy(&entry.link)))),
