@@ -481,6 +481,18 @@ fn what_skopeo_writes_is_one_image_however_it_comes() {
 }
 
 #[test]
+fn what_umoci_inserts_is_taken() {
+    let images = Images::new();
+    tool(
+        &images,
+        "umoci init --layout oci; umoci new --image oci:app; mkdir d; echo x >d/f
+         umoci insert --image oci:app d /d",
+    );
+    images.done(&["import", "oci", "--name", "app"]);
+    with_stacked(&images, "app", "[ $(cat stacked/d/f) = x ]");
+}
+
+#[test]
 fn layers_are_sound_file_systems() {
     let images = Images::new();
     by_umoci(&images);
