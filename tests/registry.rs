@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
@@ -387,15 +387,17 @@ fn two_pulls_at_once_download_once() {
 #[test]
 fn a_hanging_registry_is_given_up() {
     let content = layer("a", 300_000);
-    for word in ["v2/", "manifests", "blobs"] {
+    let digest = Digest::of(&content).hex();
+    for word in ["v2/".into(), "manifests".into(), "blobs".into(), digest] {
         let images = Images::new();
         let image = Image::new(&[&content]);
-        let registry = Fake::new(move |request| match request.path.contains(word) {
+        let name: String = word.clone();
+        let registry = Fake::new(move |request| match request.path.contains(&name) {
             true => Reply::new(200, vec![b' '; 100]).cut(0).hanging(),
             false => image.answer(request),
         });
         let start = Instant::now();
-        refused(&images, &[&registry.app(), "--timeout", "300ms"], &[]);
+        refused(&images, &[&registry.app(), "--timeout", "300ms"], &[&registry.address.to_string()]);
         assert!(start.elapsed() < Duration::from_secs(30), "{word}");
     }
 }
@@ -680,4 +682,16 @@ fn an_image_is_ensured_as_a_policy_says() {
         assert_eq!(ensure(policy).unwrap().names, [format!("{}:latest", registry.app())]);
     }
     assert!(ensure(PullPolicy::Always).is_err());
+}
+
+#[test]
+fn process_1_can_pull() {
+    let images = Images::new();
+    let image = Image::new(&[]);
+    let registry = Fake::new(move |request| image.answer(request));
+    // As in a container: the one whose parent has gone has 1 for a parent, too.
+    let mut command = Command::new("unshare");
+    command.args(["-rpf", env!("CARGO_BIN_EXE_microvm"), "pull", &registry.app()]);
+    let output = command.env("MICROVM_DATA", images.path("data")).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
 }

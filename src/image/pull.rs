@@ -55,6 +55,8 @@ impl Default for PullOptions {
 /// What `microvm-pull` is asked for, as JSON in its one argument.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PullRequest {
+    /// The process that asks, which may be process 1 of its container.
+    pub process: u32,
     /// The store's folder.
     pub store: PathBuf,
     /// The image.
@@ -100,9 +102,12 @@ pub struct Pulled {
 /// cannot be written; `microvm-pull` is not there.
 pub fn pull(store: &Store, reference: &Reference, options: &PullOptions) -> Result<Pulled, ImageError> {
     let failed = |reason| ImageError::Pull { reference: reference.to_string(), reason };
-    let store_path = store.path().to_path_buf();
-    let request =
-        PullRequest { store: store_path, reference: reference.to_string(), options: options.clone() };
+    let request = PullRequest {
+        process: std::process::id(),
+        store: store.path().to_path_buf(),
+        reference: reference.to_string(),
+        options: options.clone(),
+    };
     match ask(&request).map_err(failed)? {
         PullAnswer::Done { manifest, digest, fetched } => {
             let image = store.find(&manifest.to_string())?;

@@ -17,12 +17,13 @@ mod registry;
 
 use std::env;
 use std::io::{self, Write};
+use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 
 use microvm::cli::chain;
 use microvm::image::{PullAnswer, PullRequest};
 use microvm::sys::names;
-use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use error::PullError;
 
@@ -43,7 +44,8 @@ fn main() -> ExitCode {
 fn answer(request: &PullRequest) -> Result<PullAnswer, PullError> {
     // Whoever waits for the image is gone: what is there of it stays, to be resumed.
     set_parent_process_death_signal(Some(Signal::TERM)).map_err(io::Error::from)?;
-    if getppid().is_none_or(|parent| parent.is_init()) {
+    // It may have gone before that was said.
+    if parent_id() != request.process {
         return Err(PullError::Orphan);
     }
     names::use_built_in();
