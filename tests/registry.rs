@@ -365,6 +365,20 @@ fn a_partial_file_that_is_wrong_is_dropped() {
 }
 
 #[test]
+fn a_layer_that_its_disk_has_changed_is_got_once_more() {
+    let images = Images::new();
+    let content = layer("a", 1000);
+    let digest = Digest::of(&content);
+    let image = Image::new(&[&content]);
+    let registry = Fake::new(move |request| image.answer(request));
+    let mut changed = content.clone();
+    changed[600] ^= 1;
+    fs::write(images.store().blob(&digest), changed).unwrap();
+    refused(&images, &[&registry.app()], &[&digest.to_string(), "is broken"]);
+    assert_eq!(images.pulled(&registry.app())["fetched"], content.len());
+}
+
+#[test]
 fn two_pulls_at_once_download_once() {
     let images = Images::new();
     let (one, two) = (layer("a", 400_000), layer("bb", 400_000));
