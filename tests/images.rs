@@ -185,10 +185,13 @@ fn what_is_cut_off_is_refused() {
 #[test]
 fn archives_that_grow_are_stopped() {
     let images = Images::new();
-    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    encoder.write_all(&Tar::default().file("f", &vec![0; 8 << 20]).end()).unwrap();
-    images.host.file("bomb.tar.gz", &encoder.finish().unwrap());
-    refused(&images, &["bomb.tar.gz", "--max-size", "4M"], &["bomb.tar.gz", "larger than"]);
+    // In a file, and behind the archive's end.
+    let large = Tar::default().file("f", &vec![0; 8 << 20]).end();
+    let behind = [Tar::default().file("f", b"").end(), vec![0; 8 << 20]].concat();
+    for (bytes, words) in [(large, "bytes of files"), (behind, "larger than")] {
+        images.host.file("bomb.tar.gz", &gzip(&bytes));
+        refused(&images, &["bomb.tar.gz", "--max-size", "4M"], &["bomb.tar.gz", words]);
+    }
     // A path of a thousand folders, a thousand times, is what counts, not the archive's size.
     let deep = (0..2000).fold(Tar::default(), |tar, i| {
         let path = format!("{i}/{}", "d/".repeat(1900));
