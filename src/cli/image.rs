@@ -3,6 +3,7 @@
 mod import;
 mod list;
 mod progress;
+pub(super) mod pull;
 mod remove;
 
 use std::path::PathBuf;
@@ -20,10 +21,11 @@ IMAGE is a name (alpine, alpine:3.20, registry:5000/app@sha256:...), or an id or
 
 Exit status:
   0  done
-  1  there is no such image, it is broken or in use, or the store cannot be written
+  1  there is no such image, it is broken or in use, its registry cannot be had, or the store cannot be written
   2  wrong usage
 
 Examples:
+  microvm image pull alpine
   docker save alpine -o alpine.tar && microvm image import alpine.tar
   skopeo copy docker://alpine oci-archive:alpine.tar && microvm image import alpine.tar --name alpine
   microvm image import rootfs.tar.zst --name my/rootfs:1
@@ -41,6 +43,8 @@ pub struct ImageArgs {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Get an image from a registry
+    Pull(pull::PullArgs),
     /// Bring in images of docker save, an OCI layout or archive, or a plain archive of files
     Import(import::ImportArgs),
     /// List images
@@ -70,9 +74,16 @@ struct ExportArgs {
     output: PathBuf,
 }
 
+/// `microvm pull`, which is `microvm image pull`.
+pub(super) fn pull(args: &pull::PullArgs) -> Result<u8, CliError> {
+    pull::run(&Store::open()?, args)?;
+    Ok(0)
+}
+
 pub(super) fn run(args: &ImageArgs) -> Result<u8, CliError> {
     let store = Store::open()?;
     match &args.command {
+        Command::Pull(args) => pull::run(&store, args)?,
         Command::Import(args) => import::run(&store, args)?,
         Command::Ls(args) => list::run(&store, args)?,
         Command::Inspect(args) => list::inspect(&store, args)?,

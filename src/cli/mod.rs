@@ -47,6 +47,7 @@ const EXAMPLES: &str = "Examples:
   microvm ps
   microvm ctl NAME pause
   microvm doctor
+  microvm pull alpine
   microvm image import alpine.tar
 
 `microvm COMMAND --help` tells more of each.";
@@ -85,7 +86,9 @@ enum Command {
     Kernel(kernel::KernelArgs),
     /// Tell what this host offers, and what to do about what it lacks
     Doctor(doctor::DoctorArgs),
-    /// Import, list and remove container images
+    /// Get a container image from a registry
+    Pull(image::pull::PullArgs),
+    /// Pull, import, list and remove container images
     Image(image::ImageArgs),
     /// Print a shell's completions
     Completions(completions::CompletionsArgs),
@@ -256,6 +259,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
         Command::Ctl(args) => ctl::run(&args),
         Command::Kernel(args) => kernel::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Pull(args) => image::pull(&args),
         Command::Image(args) => image::run(&args),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),

@@ -112,9 +112,23 @@ pub enum ImageError {
     /// It has several names.
     #[error("image {0} has several names: give the one to remove, or --force for all")]
     SeveralNames(String),
+    /// A name that a digest belongs to.
+    #[error("--name: give a name without a digest, which the image itself tells")]
+    NameWithDigest,
     /// One name for several images.
     #[error("--name: {0} has {1} images, each with a name of its own")]
     SeveralImages(PathBuf, usize),
+    /// A layer that cannot be downloaded.
+    #[error(transparent)]
+    Download(Box<dyn std::error::Error + Send + Sync>),
+    /// An image that cannot be pulled.
+    #[error("{reference} cannot be pulled: {reason}")]
+    Pull {
+        /// The image.
+        reference: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// What is exported.
     #[error("--output {path} cannot be written")]
     Output {

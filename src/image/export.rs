@@ -61,7 +61,7 @@ fn index(image: &Named, size: u64) -> Index {
     let platform = Platform {
         architecture: super::manifest::architecture().into(),
         os: "linux".into(),
-        rest: BTreeMap::new(),
+        ..Platform::default()
     };
     let entry = |annotations| Descriptor {
         media_type: media_type::MANIFEST.into(),

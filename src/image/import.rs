@@ -1,5 +1,6 @@
 //! Brings images into the store: what `docker save`, `skopeo`, `buildah` and `umoci` write, and plain archives of files.
 
+mod add;
 mod layers;
 mod rootfs;
 mod select;
@@ -12,16 +13,16 @@ use super::decode::{self, Packing};
 use super::digest::{Digest, HashingReader};
 use super::error::ImageError;
 use super::layer::Limits;
-use super::manifest::{Descriptor, DockerImage, ImageConfig, Index, Manifest, architecture, media_type};
-use super::record::{LayerRecord, Record, json};
+use super::manifest::{Descriptor, DockerImage, Index, Manifest, architecture};
+use super::record::Record;
 use super::reference::Reference;
 use super::source::{Archive, Source, parse};
 use super::store::Store;
 use super::tar::TarReader;
-use layers::{Given, Layers};
-
-/// The most layers of an image: overlayfs stacks 500.
-const MAX_LAYERS: usize = 500;
+use add::New;
+pub use add::{Parts, add_parts};
+use layers::Given;
+pub use select::from_registry;
 
 /// Told how far an import is.
 pub trait Progress: Sync {
@@ -60,6 +61,9 @@ enum Found {
 /// # Errors
 /// It is no image, is broken or too large, or the store cannot be written. Nothing of a failed image is seen.
 pub fn import(store: &Store, path: &Path, options: &ImportOptions) -> Result<Vec<Imported>, ImageError> {
+    if options.name.as_ref().is_some_and(|name| name.digest.is_some()) {
+        return Err(ImageError::NameWithDigest);
+    }
     let _guard = store.to_add()?;
     let failed = |source| ImageError::Source { path: path.into(), source };
     let meta = std::fs::metadata(path).map_err(failed)?;
@@ -182,37 +186,18 @@ impl Import<'_> {
     }
 
     fn image(&self, found: &Found, names: Vec<Reference>) -> Result<Imported, ImageError> {
-        let (manifest, config, given) = match found {
+        let (manifest, config, layers) = match found {
             Found::Oci(descriptor) => self.oci(descriptor)?,
             Found::Docker(image) => self.docker(image)?,
         };
-        let parsed: ImageConfig = parse("the configuration", &config)?;
-        let machine = format!("{}/{}", parsed.os, parsed.architecture);
-        if machine != format!("linux/{}", architecture()) {
-            return Err(ImageError::Platform(machine));
-        }
-        if given.len() > MAX_LAYERS {
-            let reason = format!("it has more than {MAX_LAYERS} layers, which overlayfs cannot stack");
-            return Err(ImageError::NoImage { path: self.source.path().into(), reason });
-        }
-        if given.len() != parsed.rootfs.diff_ids.len() {
-            let reason = "its configuration and its manifest name different numbers of layers".into();
-            return Err(ImageError::NoImage { path: self.source.path().into(), reason });
-        }
-        let mut layers = Layers::new(self.store, self.options);
-        for (given, diff_id) in given.into_iter().zip(&parsed.rootfs.diff_ids) {
-            let open =
-                || self.source.open(&given.path)?.ok_or_else(|| ImageError::Missing(given.path.clone()));
-            layers.add(&given, Some(*diff_id), open)?;
-        }
-        let manifest = manifest.unwrap_or_else(|| new_manifest(&config, layers.done()));
-        let names = self.options.name.clone().map_or(names, |name| vec![name]);
-        register(
-            self.store,
-            &Parts { manifest: &manifest, config: &config, created: parsed.created },
-            layers,
-            names,
-        )
+        let open = |given: &Given| {
+            self.source.open(&given.path)?.ok_or_else(|| ImageError::Missing(given.path.clone()))
+        };
+        // A digest that comes with a name is what somebody says, who need not have checked it.
+        let names = self.options.name.clone().map_or(names, |name| vec![name]).into_iter();
+        let names = names.filter(|name| name.tag.is_some()).map(|name| Reference { digest: None, ..name });
+        let image = New { path: self.source.path(), manifest, config, layers, names: names.collect() };
+        add::add(self.store, image, self.options, open)
     }
 
     /// The manifest, the configuration and where the layers are.
@@ -220,10 +205,8 @@ impl Import<'_> {
     fn oci(&self, descriptor: &Descriptor) -> Result<(Option<Vec<u8>>, Vec<u8>, Vec<Given>), ImageError> {
         let bytes = self.blob(descriptor)?;
         let manifest: Manifest = parse("the manifest", &bytes)?;
-        let given =
-            |d: &Descriptor| Given { path: blob_path(&d.digest), blob: Some(d.digest), size: Some(d.size) };
         let config = self.blob(&manifest.config)?;
-        Ok((Some(bytes), config, manifest.layers.iter().map(given).collect()))
+        Ok((Some(bytes), config, manifest.layers.iter().map(Given::of).collect()))
     }
 
     #[allow(clippy::type_complexity, reason = "read in one place")]
@@ -259,54 +242,4 @@ fn blob_path(digest: &Digest) -> String {
 fn check(wanted: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
     let found = Digest::of(bytes);
     if found == *wanted { Ok(()) } else { Err(ImageError::Digest { name: wanted.to_string(), found }) }
-}
-
-/// The manifest of an image that came without.
-fn new_manifest(config: &[u8], layers: &[(LayerRecord, Packing)]) -> Vec<u8> {
-    let descriptor = |media_type: String, digest, size| Descriptor {
-        media_type,
-        digest,
-        size,
-        platform: None,
-        annotations: Default::default(),
-    };
-    let layer = |(layer, packing): &(LayerRecord, Packing)| {
-        descriptor(format!("{}{}", media_type::LAYER, packing.suffix()), layer.blob, layer.blob_size)
-    };
-    let manifest = Manifest {
-        schema_version: 2,
-        media_type: media_type::MANIFEST.into(),
-        config: descriptor(media_type::CONFIG.into(), Digest::of(config), config.len() as u64),
-        layers: layers.iter().map(layer).collect(),
-    };
-    json(&manifest).into_bytes()
-}
-
-/// An image's small parts.
-struct Parts<'a> {
-    manifest: &'a [u8],
-    config: &'a [u8],
-    created: Option<String>,
-}
-
-/// Makes an image seen: its layers are there by now, its record is written last, then its names.
-fn register(
-    store: &Store,
-    parts: &Parts,
-    layers: Layers,
-    names: Vec<Reference>,
-) -> Result<Imported, ImageError> {
-    let (manifest, config) = (Digest::of(parts.manifest), Digest::of(parts.config));
-    for (digest, bytes) in [(manifest, parts.manifest), (config, parts.config)] {
-        store.write(&store.blob(&digest), bytes)?;
-    }
-    let record = Record { manifest, config, created: parts.created.clone(), layers: layers.into_records() };
-    store.add_record(&record)?;
-    // A name without a tag is a digest's, by which the image is found anyhow.
-    let names: Vec<_> = names.into_iter().filter(|name| name.tag.is_some()).collect();
-    for name in &names {
-        let name = Reference { digest: None, ..name.clone() };
-        store.add_name(&name, manifest)?;
-    }
-    Ok(Imported { record, names })
 }

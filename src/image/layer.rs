@@ -7,7 +7,7 @@ use std::io::{self, Read, Seek, Write};
 
 use thiserror::Error;
 
-use super::erofs::{Kind, Meta, Node, NodeId, Tree, Writer, XATTR_PREFIXES, Xattrs};
+use super::erofs::{Kind, Meta, Node, NodeId, OPAQUE, Tree, Writer, XATTR_PREFIXES, Xattrs};
 use super::tar::{Entry, TarError, TarReader};
 
 /// The longest name of a file and the longest path or target of a link, in bytes, as Linux has them.
@@ -16,8 +16,6 @@ const MAX_PATH: usize = 4095;
 
 /// The most bytes of one file's extended attributes in all: what Linux lets a file have.
 const MAX_XATTRS: usize = 64 << 10;
-
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// How much a layer may be: against archives that unpack to more than anybody wants.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +65,11 @@ pub struct Layer {
     limits: Limits,
     /// Folders that the archive uses and has not described.
     implied: BTreeMap<NodeId, Vec<u8>>,
+    /// It hides all of the layers below.
+    opaque: bool,
     metadata: u64,
+    /// Bytes of all files, holes included.
+    data: u64,
     entries: usize,
 }
 
@@ -75,7 +77,15 @@ impl Layer {
     /// A layer without files.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { tree: Tree::default(), limits, implied: BTreeMap::new(), metadata: 0, entries: 0 }
+        Self {
+            tree: Tree::default(),
+            limits,
+            implied: BTreeMap::new(),
+            opaque: false,
+            metadata: 0,
+            data: 0,
+            entries: 0,
+        }
     }
 
     /// Reads an archive and writes its image to `out`, an empty file.
@@ -101,13 +111,30 @@ impl Layer {
         &self.tree
     }
 
-    /// Folders that the archive has used without describing them, with their paths: their owner and mode are those of
-    /// the layers below.
-    pub fn implied(&self) -> impl Iterator<Item = &[u8]> {
-        self.implied.values().map(Vec::as_slice)
+    /// Whether its image depends on the layers below: it uses folders without describing them, or hides all of them.
+    #[must_use]
+    pub fn leans_on_others(&self) -> bool {
+        self.opaque || !self.implied.is_empty()
     }
 
-    /// Sets owner, mode and times of those folders.
+    /// Whether it hides all of the layers below.
+    #[must_use]
+    pub fn is_opaque(&self) -> bool {
+        self.opaque
+    }
+
+    /// Hides what a layer below has in its root: overlayfs does not look whether a root is opaque.
+    pub fn hide(&mut self, name: &[u8]) {
+        let root = self.tree.root();
+        match self.tree.child(root, name) {
+            Some(there) if self.tree.node(there).is_dir() => self.set_opaque(there),
+            Some(_) => {}
+            None => self.add_whiteout(root, name),
+        }
+    }
+
+    /// Sets owner, mode and times of folders that the archive has used without describing them, by their paths: they are
+    /// those of the layers below.
     pub fn describe(&mut self, mut lookup: impl FnMut(&[u8]) -> Option<Meta>) {
         for (&id, path) in &self.implied {
             if let Some(mut meta) = lookup(path) {
@@ -166,6 +193,11 @@ impl Layer {
         self.metadata += (entry.path.len() + entry.link.len() + xattrs) as u64;
         if self.entries > self.limits.entries || self.tree.count() > 2 * self.limits.entries {
             return Err(LayerError::Limit(format!("{} files", self.limits.entries)));
+        }
+        // Holes take nothing of the archive.
+        self.data = self.data.saturating_add(entry.size);
+        if self.data > self.limits.bytes {
+            return Err(LayerError::Limit(format!("{} bytes of files", self.limits.bytes)));
         }
         if self.metadata > self.limits.metadata {
             return Err(LayerError::Limit(format!("{} bytes of names and attributes", self.limits.metadata)));
@@ -245,6 +277,7 @@ impl Layer {
         let dir = self.folder(above, path)?;
         if name == b".wh..wh..opq" {
             self.set_opaque(dir);
+            self.opaque |= above.is_empty();
             return Ok(());
         }
         if name.starts_with(b".wh..wh.") {
@@ -259,12 +292,14 @@ impl Layer {
             // A whiteout is about the layers below alone, whatever the order of entries.
             Some(there) if self.tree.node(there).is_dir() => self.set_opaque(there),
             Some(_) => {}
-            None => {
-                let node = self.tree.add(Node { meta: Meta::default(), kind: Kind::CharDevice(0, 0) });
-                self.tree.name(dir, hidden, node);
-            }
+            None => self.add_whiteout(dir, hidden),
         }
         Ok(())
+    }
+
+    fn add_whiteout(&mut self, dir: NodeId, name: &[u8]) {
+        let node = self.tree.add(Node { meta: Meta::default(), kind: Kind::CharDevice(0, 0) });
+        self.tree.name(dir, name, node);
     }
 
     fn hard_link(&mut self, dir: NodeId, name: &[u8], entry: &Entry, path: &Path) -> Result<(), LayerError> {
@@ -397,10 +432,24 @@ mod tests {
             };
             bytes.extend(entry(&mut header, data));
         }
+        for (name, map) in [("d/sparse", true), ("d/last", false)] {
+            let mut header = if map { tar::Header::new_gnu() } else { tar::Header::new_ustar() };
+            header.set_path(name).unwrap();
+            header.set_mode(0o644);
+            if map {
+                header.set_entry_type(tar::EntryType::GNUSparse);
+                // A piece of 4 bytes at 010000 in a file of 020000.
+                header.as_mut_bytes()[386..410].copy_from_slice(b"00000010000\x0000000000004\0");
+                header.as_mut_bytes()[483..495].copy_from_slice(b"00000020000\0");
+            }
+            bytes.extend(entry(&mut header, b"data"));
+        }
         let mut header = tar::Header::new_ustar();
-        header.set_path("d/last").unwrap();
-        header.set_mode(0o644);
-        bytes.extend(entry(&mut header, b"data"));
+        header.set_entry_type(tar::EntryType::XHeader);
+        header.set_path("x").unwrap();
+        bytes.extend(entry(&mut header, b"22 GNU.sparse.major=1\n29 GNU.sparse.realsize=10000\n"));
+        header.set_entry_type(tar::EntryType::Regular);
+        bytes.extend(entry(&mut header, &[&b"2\n0\n2\n4096\n2\n"[..], &[0; 512 - 13], b"data"].concat()));
         bytes
     }
 
@@ -423,7 +472,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_damage_panics(damage in prop::collection::vec((0usize..8192, any::<u8>()), 1..8)) {
+        fn no_damage_panics(damage in prop::collection::vec((0usize..16384, any::<u8>()), 1..8)) {
             let mut bytes = archive();
             for (at, value) in damage {
                 let at = at % bytes.len();

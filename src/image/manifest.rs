@@ -1,8 +1,9 @@
 //! The JSON of OCI and Docker images: what of it is used.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::digest::Digest;
@@ -34,6 +35,12 @@ pub fn architecture() -> &'static str {
     }
 }
 
+/// The same as images name it.
+#[must_use]
+pub fn machine() -> String {
+    format!("linux/{}", architecture())
+}
+
 /// Something in a store, by digest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -63,23 +70,64 @@ impl Descriptor {
         )
     }
 
-    /// Whether this machine runs it, as far as the descriptor tells.
+    /// How well this machine runs it, as far as the descriptor tells: the least is the best. `None`: not at all.
     #[must_use]
-    pub fn fits(&self) -> bool {
-        self.platform.as_ref().is_none_or(|p| p.os == "linux" && p.architecture == architecture())
+    pub fn rank(&self) -> Option<u8> {
+        // One that does not tell comes after those that do.
+        self.platform.as_ref().map_or(Some(u8::MAX), Platform::rank)
     }
 }
 
 /// What an image runs on.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Platform {
     /// As Go names it: `amd64`, `arm64`.
     pub architecture: String,
     /// `linux`.
     pub os: String,
-    /// The rest, as `variant`.
+    /// Which processors of the architecture: `v3`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub variant: String,
+    /// The rest.
     #[serde(flatten)]
     pub rest: BTreeMap<String, Value>,
+}
+
+impl Platform {
+    /// As [`Descriptor::rank`]. What runs on every processor of the architecture is the best: it also runs in a guest whose
+    /// processor is told to be a lesser one than the host's.
+    fn rank(&self) -> Option<u8> {
+        if self.os != "linux" || self.architecture != architecture() {
+            return None;
+        }
+        variants().iter().position(|variant| *variant == self.variant).map(|place| place as u8)
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
+    }
+}
+
+/// The variants of its architecture that this machine runs.
+#[cfg(target_arch = "x86_64")]
+fn variants() -> &'static [&'static str] {
+    // The levels of the x86-64 psABI, by what is asked for most.
+    let v2 = is_x86_feature_detected!("sse4.2") && is_x86_feature_detected!("popcnt");
+    let v3 = v2 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi2");
+    let v3 = v3 && is_x86_feature_detected!("fma") && is_x86_feature_detected!("movbe");
+    let v4 = v3 && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+    const ALL: &[&str] = &["", "v1", "v2", "v3", "v4"];
+    &ALL[..2 + usize::from(v2) + usize::from(v3) + usize::from(v4)]
+}
+
+/// The variants of its architecture that this machine runs.
+#[cfg(not(target_arch = "x86_64"))]
+fn variants() -> &'static [&'static str] {
+    &["", "v8"]
 }
 
 /// A list of manifests.
@@ -92,6 +140,7 @@ pub struct Index {
     #[serde(default)]
     pub media_type: String,
     /// The manifests, or further lists.
+    #[serde(deserialize_with = "or_empty")]
     pub manifests: Vec<Descriptor>,
 }
 
@@ -107,6 +156,7 @@ pub struct Manifest {
     /// Its configuration.
     pub config: Descriptor,
     /// Its layers, lowest first.
+    #[serde(deserialize_with = "or_empty")]
     pub layers: Vec<Descriptor>,
 }
 
@@ -160,8 +210,13 @@ pub struct RootFs {
     #[serde(rename = "type", default)]
     pub kind: String,
     /// Lowest first.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_empty")]
     pub diff_ids: Vec<Digest>,
+}
+
+/// Go writes an empty list as `null`.
+fn or_empty<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 /// One image of a `manifest.json`, as `docker save` writes it.

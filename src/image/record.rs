@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -63,7 +64,7 @@ pub(super) struct NameRecord {
 pub struct Named {
     /// The image.
     pub record: Record,
-    /// Its names, with tags.
+    /// Its names, with a tag or with the digest it was pulled by.
     pub names: Vec<String>,
 }
 
@@ -112,22 +113,30 @@ impl Store {
     /// # Errors
     /// There is none, or there are several.
     pub fn find(&self, text: &str) -> Result<Named, ImageError> {
+        let all = self.find_all(text)?;
+        // What has the same id has the same files, whatever its layers were packed with.
+        let named = all.iter().find(|image| !image.names.is_empty()).or(all.first());
+        named.cloned().ok_or_else(|| ImageError::NotFound(text.into()))
+    }
+
+    /// As [`Store::find`]; several are of one id, and differ in how their layers were packed.
+    pub(super) fn find_all(&self, text: &str) -> Result<Vec<Named>, ImageError> {
         let images = self.images()?;
         if let Ok(reference) = text.parse::<Reference>()
             && let Some(found) = images.iter().find(|image| is_named(image, &reference))
         {
-            return Ok(found.clone());
+            return Ok(vec![found.clone()]);
         }
         let hex = text.strip_prefix("sha256:").unwrap_or(text);
         let is_id = hex.len() >= 4 && hex.bytes().all(|b| b.is_ascii_hexdigit());
         let starts = |digest: &Digest| is_id && digest.hex().starts_with(hex);
-        let mut found =
-            images.iter().filter(|image| starts(&image.record.config) || starts(&image.record.manifest));
-        match (found.next(), found.next()) {
-            (Some(image), None) => Ok(image.clone()),
-            (Some(_), Some(_)) => Err(ImageError::Ambiguous(text.into())),
-            (None, _) => Err(ImageError::NotFound(text.into())),
+        let is_meant = |image: &Named| starts(&image.record.config) || starts(&image.record.manifest);
+        let found: Vec<Named> = images.into_iter().filter(is_meant).collect();
+        let Some(first) = found.first() else { return Err(ImageError::NotFound(text.into())) };
+        if found.iter().any(|image| image.record.config != first.record.config) {
+            return Err(ImageError::Ambiguous(text.into()));
         }
+        Ok(found)
     }
 
     /// Uses an image: it stays until the lease ends.
@@ -139,8 +148,8 @@ impl Store {
         let failed = |source| ImageError::Store { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         flock(&file, FlockOperation::LockShared).map_err(|e| failed(e.into()))?;
-        // Removed between the two.
-        if !path.exists() {
+        // Removed between the two, and perhaps added again: that is another file.
+        if !is_at(&file, &path) {
             return Err(ImageError::NotFound(image.config.short()));
         }
         Ok(Lease { file })
@@ -183,14 +192,18 @@ impl Store {
     }
 }
 
+/// Whether a file that is open is still what a path leads to.
+#[must_use]
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let place = |meta: &fs::Metadata| (meta.dev(), meta.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(ours), Ok(there)) if place(&ours) == place(&there))
+}
+
 fn is_named(image: &Named, reference: &Reference) -> bool {
-    match &reference.digest {
-        Some(digest) => {
-            let repository = format!("{}:", reference.name());
-            *digest == image.record.manifest && image.names.iter().any(|name| name.starts_with(&repository))
-        }
-        None => image.names.contains(&reference.to_string()),
-    }
+    let of_repository =
+        |name: &String| name.strip_prefix(&reference.name()).is_some_and(|rest| rest.starts_with([':', '@']));
+    image.names.contains(&reference.pinned().to_string())
+        || reference.digest == Some(image.record.manifest) && image.names.iter().any(of_repository)
 }
 
 /// JSON of plain data, which cannot fail.

@@ -41,6 +41,13 @@ impl Reference {
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)
     }
+
+    /// What tells the image: the digest alone where there is one, as a tag beside it says nothing more.
+    #[must_use]
+    pub fn pinned(&self) -> Self {
+        let tag = self.tag.clone().filter(|_| self.digest.is_none());
+        Self { tag, ..self.clone() }
+    }
 }
 
 impl fmt::Display for Reference {

@@ -27,24 +27,28 @@ pub struct Removed {
 /// There is no such image, a VM uses it, it has several names, or the store cannot be written.
 pub fn remove(store: &Store, text: &str, force: bool, waiting: impl FnOnce()) -> Result<Removed, ImageError> {
     let _guard = store.to_remove(waiting)?;
-    let image = store.find(text)?;
-    let by_name = text.parse::<Reference>().ok().map(|name| name.to_string());
-    let named = by_name.filter(|name| image.names.contains(name));
+    let images = store.find_all(text)?;
+    let names = || images.iter().flat_map(|image| &image.names);
+    let by_name = text.parse::<Reference>().ok().map(|name| name.pinned().to_string());
+    let named = by_name.filter(|by_name| names().any(|name| name == by_name));
     let mut removed = Removed::default();
     match named {
-        Some(name) if image.names.len() > 1 => {
+        Some(name) if names().count() > 1 => {
             remove_name(store, &name, &mut removed)?;
             return Ok(removed);
         }
-        None if image.names.len() > 1 && !force => return Err(ImageError::SeveralNames(text.into())),
+        None if names().count() > 1 && !force => return Err(ImageError::SeveralNames(text.into())),
         _ => {}
     }
-    remove_image(store, &image, &mut removed)?;
+    for image in &images {
+        remove_image(store, image, &mut removed)?;
+    }
     sweep(store, &mut removed)?;
     Ok(removed)
 }
 
-/// Removes images without a name, with `all` also those with one, except for what a VM uses; and whatever no image needs.
+/// Removes images without a name, with `all` also those with one, except for what a VM uses; and whatever no image needs,
+/// downloads that were interrupted among it.
 ///
 /// # Errors
 /// The store cannot be read or written.
@@ -59,6 +63,10 @@ pub fn prune(store: &Store, all: bool, waiting: impl FnOnce()) -> Result<Removed
             Ok(()) | Err(ImageError::InUse(_)) => {}
             Err(error) => return Err(error),
         }
+    }
+    // Nobody downloads now: what is there is of somebody who was interrupted.
+    for path in store.files("partial")? {
+        remove_unneeded(&path, &mut removed)?;
     }
     sweep(store, &mut removed)?;
     Ok(removed)
@@ -95,11 +103,16 @@ fn sweep(store: &Store, removed: &mut Removed) -> Result<(), ImageError> {
     }
     for folder in ["blobs/sha256", "layers"] {
         for path in store.files(folder)?.into_iter().filter(|path| !needed.contains(path)) {
-            let size = fs::metadata(&path).map_or(0, |meta| meta.len());
-            remove_file(&path)?;
-            removed.freed += size;
+            remove_unneeded(&path, removed)?;
         }
     }
+    Ok(())
+}
+
+fn remove_unneeded(path: &Path, removed: &mut Removed) -> Result<(), ImageError> {
+    let size = fs::metadata(path).map_or(0, |meta| meta.len());
+    remove_file(path)?;
+    removed.freed += size;
     Ok(())
 }
 

@@ -1,9 +1,9 @@
 //! What is imported, as a set of named files: a folder, or an archive whose entries are found by their place.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use super::tar::{TarError, TarReader};
 const MAX_ENTRIES: usize = 100_000;
 
 /// The most bytes of JSON that are read into memory.
-pub(super) const MAX_JSON: u64 = 4 << 20;
+pub const MAX_JSON: u64 = 4 << 20;
 
 /// A set of named files.
 pub(super) enum Source {
@@ -72,6 +72,7 @@ impl Archive {
             let at = reader.get_ref().at;
             let whole = at.checked_add(entry.size).is_some_and(|last| last <= end);
             match entry.kind {
+                b'0' if entry.has_holes => return Err(failed(TarError::Format("a part with holes"))),
                 b'0' if !whole => return Err(failed(TarError::Truncated)),
                 b'0' => drop(files.insert(name, (at, entry.size))),
                 b'1' => drop(links.insert(name, clean(&String::from_utf8_lossy(&entry.link)))),
@@ -149,7 +150,8 @@ impl Source {
             Self::Folder(folder) => {
                 let path = folder.join(clean(name));
                 let open = || -> io::Result<Part> {
-                    let file = File::open(&path)?;
+                    // A pipe that nobody writes to would not open at all.
+                    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path)?;
                     let meta = file.metadata()?;
                     if !meta.is_file() {
                         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));

@@ -5,6 +5,7 @@
 //! names/HEX.json    a name, by the digest of its text
 //! blobs/sha256/HEX  manifests, configurations, layers as they came
 //! layers/HEX.erofs  layers as file systems, by the digest of the plain archive
+//! partial/HEX       blobs whose download is not at its end, by the digest they are to have
 //! tmp/              what is not whole yet
 //! lock              shared by who adds, exclusive for who removes
 //! ```
@@ -51,7 +52,7 @@ impl Store {
     /// It cannot be made, or is not this user's.
     pub fn at(path: PathBuf) -> Result<Self, ImageError> {
         let store = Self { path };
-        for folder in ["", "images", "names", "blobs/sha256", "layers", "tmp"] {
+        for folder in ["", "images", "names", "blobs/sha256", "layers", "partial", "tmp"] {
             let path = store.path.join(folder);
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.map_err(|source| ImageError::Store { path, source })?;
@@ -63,6 +64,12 @@ impl Store {
             return Err(ImageError::NotOurs(store.path));
         }
         Ok(store)
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// To add: others may add at the same time, and nobody removes.
@@ -129,6 +136,12 @@ impl Store {
         self.path.join("layers").join(format!("{}.erofs", key.hex()))
     }
 
+    /// Where a blob is as long as it is being downloaded, by the digest it is to have.
+    #[must_use]
+    pub fn partial(&self, digest: &Digest) -> PathBuf {
+        self.path.join("partial").join(digest.hex())
+    }
+
     pub(super) fn image(&self, manifest: &Digest) -> PathBuf {
         self.path.join("images").join(format!("{}.json", manifest.hex()))
     }
@@ -166,6 +179,17 @@ impl Store {
     }
 }
 
+/// Puts a file that is whole in its place, and on the disk.
+///
+/// # Errors
+/// The disk is full or fails.
+pub fn keep(file: &File, path: &Path, place: &Path) -> Result<(), ImageError> {
+    let folder = place.parent().unwrap_or(Path::new("/"));
+    let kept = file.sync_all().and_then(|()| fs::rename(path, place));
+    let synced = kept.and_then(|()| File::open(folder)?.sync_all());
+    synced.map_err(|source| ImageError::Store { path: place.into(), source })
+}
+
 /// A file that goes away unless it is kept.
 pub struct Temporary {
     /// Open for reading and writing.
@@ -186,11 +210,9 @@ impl Temporary {
     /// # Errors
     /// The disk is full or fails.
     pub fn keep(mut self, place: &Path) -> Result<(), ImageError> {
-        let folder = place.parent().unwrap_or(Path::new("/"));
-        let kept = self.file.sync_all().and_then(|()| fs::rename(&self.path, place));
-        self.kept = kept.is_ok();
-        let synced = kept.and_then(|()| File::open(folder)?.sync_all());
-        synced.map_err(|source| ImageError::Store { path: place.into(), source })
+        keep(&self.file, &self.path, place)?;
+        self.kept = true;
+        Ok(())
     }
 }
 

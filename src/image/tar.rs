@@ -3,10 +3,14 @@
 //! The `tar` crate reads a header's fields; its own walk over the entries reads long names and pax records of any size
 //! into memory, so the walk is ours.
 
+mod sparse;
+
 use std::io::{self, Read};
 
-use tar::Header;
+use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
 use thiserror::Error;
+
+use sparse::{Filled, Map, Part, Records};
 
 const RECORD: usize = 512;
 
@@ -39,8 +43,10 @@ pub struct Entry {
     pub link: Vec<u8>,
     /// The type: `b'0'` file, `b'1'` hard link, `b'2'` symbolic link, `b'3'` and `b'4'` devices, `b'5'` folder, `b'6'` pipe.
     pub kind: u8,
-    /// Bytes of data that follow.
+    /// Bytes of the file, holes included.
     pub size: u64,
+    /// Whether the file has holes, so that the archive has less of it.
+    pub has_holes: bool,
     /// Permission bits.
     pub mode: u32,
     /// Owner.
@@ -65,13 +71,15 @@ pub struct TarReader<R> {
     /// Of the current entry's data.
     left: u64,
     padding: u64,
+    /// Where the current entry has holes.
+    holes: Option<Filled>,
     ended: bool,
 }
 
 impl<R: Read> TarReader<R> {
     /// Reads an archive from its start.
     pub fn new(inner: R) -> Self {
-        Self { inner, left: 0, padding: 0, ended: false }
+        Self { inner, left: 0, padding: 0, holes: None, ended: false }
     }
 
     /// Whether the end was marked by a block of zeros, rather than by the end of the file.
@@ -93,7 +101,7 @@ impl<R: Read> TarReader<R> {
     /// What the next call of [`TarReader::next`] would skip, in bytes; it no longer will.
     pub fn forget_rest(&mut self) -> u64 {
         let rest = self.left + self.padding;
-        (self.left, self.padding) = (0, 0);
+        (self.left, self.padding, self.holes) = (0, 0, None);
         rest
     }
 
@@ -115,8 +123,16 @@ impl<R: Read> TarReader<R> {
                 // A comment for the whole archive, as Git writes; a volume's label.
                 b'g' | b'V' => self.start_data(size)?,
                 kind => {
-                    let entry = extensions.apply(header, kind, size)?;
+                    let mut entry = extensions.apply(header, kind, size)?;
+                    let map = if kind == b'S' { Some(self.gnu_map(header)?) } else { None };
                     self.start_data(entry.size)?;
+                    let map =
+                        map.map_or_else(|| self.pax_map(&mut extensions, &mut entry), |map| Ok(Some(map)));
+                    if let Some(map) = map? {
+                        let filled = map.filled(self.left)?;
+                        (entry.size, entry.has_holes) = (filled.size(), true);
+                        self.holes = Some(filled);
+                    }
                     return Ok(Some(entry));
                 }
             }
@@ -131,9 +147,10 @@ impl<R: Read> TarReader<R> {
     }
 
     fn skip(&mut self) -> Result<(), TarError> {
-        let size = self.forget_rest();
-        let skipped = io::copy(&mut self.inner.by_ref().take(size), &mut io::sink())?;
-        if skipped < size { Err(TarError::Truncated) } else { Ok(()) }
+        let (data, all) = (self.left, self.forget_rest());
+        let skipped = io::copy(&mut self.inner.by_ref().take(all), &mut io::sink())?;
+        // What fills the last record up may be missing at the end, as umoci 0.4 leaves it; Go's reader takes that, too.
+        if skipped < data { Err(TarError::Truncated) } else { Ok(()) }
     }
 
     /// `None`: the end.
@@ -169,26 +186,88 @@ impl<R: Read> TarReader<R> {
         Ok(Some(header))
     }
 
+    /// The map of a sparse file in GNU's own format: in the header, and in further records behind it.
+    fn gnu_map(&mut self, header: &Header) -> Result<Map, TarError> {
+        let broken = |_| TarError::Format("a map of a sparse file");
+        let gnu = header.as_gnu().ok_or(TarError::Format("a sparse file of another format"))?;
+        let mut map = Map::of_size(gnu.real_size().map_err(broken)?);
+        let add = |map: &mut Map, pieces: &[GnuSparseHeader]| {
+            for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+                map.push(piece.offset().map_err(broken)?, piece.length().map_err(broken)?)?;
+            }
+            Ok::<_, TarError>(())
+        };
+        add(&mut map, &gnu.sparse)?;
+        let mut more = gnu.is_extended();
+        while more {
+            let mut record = GnuExtSparseHeader::new();
+            exactly(&mut self.inner, record.as_mut_bytes())?;
+            add(&mut map, record.sparse())?;
+            more = record.is_extended();
+        }
+        Ok(map)
+    }
+
+    /// The map of a sparse file in pax records, and in front of the data. `None`: the file has no holes.
+    fn pax_map(&mut self, extensions: &mut Extensions, entry: &mut Entry) -> Result<Option<Map>, TarError> {
+        let Some(mut records) = extensions.sparse.take() else { return Ok(None) };
+        if entry.kind != b'0' {
+            return Err(TarError::Format("holes in what is no file"));
+        }
+        if let Some(name) = records.name.take() {
+            entry.path = name;
+        }
+        let with_data = records.is_with_data();
+        let mut map = records.into_map(entry.size);
+        if with_data {
+            map.read_lines(|record| exactly(self, record))?;
+        }
+        Ok(Some(map))
+    }
+
     fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
         if size > MAX_EXTENSION {
             return Err(TarError::Format("a name or attributes of more than 1 MiB"));
         }
         self.start_data(size)?;
         let mut bytes = vec![0; size as usize];
-        self.read_exact(&mut bytes).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => TarError::Truncated,
-            _ => TarError::Read(e),
-        })?;
+        exactly(self, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Data as the archive has it.
+    fn read_data(&mut self, buffer: &mut [u8], most: u64) -> io::Result<usize> {
+        let most = most.min(self.left);
+        let room = buffer.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+        let count = self.inner.read(&mut buffer[..room])?;
+        self.left -= count as u64;
+        Ok(count)
     }
 }
 
-/// The current entry's data.
+fn exactly(reader: &mut impl Read, bytes: &mut [u8]) -> Result<(), TarError> {
+    reader.read_exact(bytes).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => TarError::Truncated,
+        _ => TarError::Read(e),
+    })
+}
+
+/// The current entry's data, with its holes as zeros.
 impl<R: Read> Read for TarReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let room = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let count = self.inner.read(&mut buffer[..room])?;
-        self.left -= count as u64;
+        let Some(holes) = &mut self.holes else { return self.read_data(buffer, u64::MAX) };
+        let count = match holes.part() {
+            None => 0,
+            Some(Part::Hole(left)) => {
+                let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                buffer[..room].fill(0);
+                room
+            }
+            Some(Part::Data(left)) => self.read_data(buffer, left)?,
+        };
+        if let Some(holes) = &mut self.holes {
+            holes.advance(count as u64);
+        }
         Ok(count)
     }
 }
@@ -209,6 +288,7 @@ struct Extensions {
     gid: Option<u64>,
     mtime: Option<(i64, u32)>,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    sparse: Option<Records>,
 }
 
 impl Extensions {
@@ -233,17 +313,18 @@ impl Extensions {
     fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
         let broken = || TarError::Format("a number in a pax record");
         match key {
+            // Without a value a record says that there is none: what the header has counts (POSIX, pax).
+            b"path" | b"linkpath" | b"size" | b"uid" | b"gid" | b"mtime" if value.is_empty() => {}
             b"path" => self.path = Some(value.into()),
             b"linkpath" => self.link = Some(value.into()),
             b"size" => self.size = Some(number(value).ok_or_else(broken)?),
             b"uid" => self.uid = Some(number(value).ok_or_else(broken)?),
             b"gid" => self.gid = Some(number(value).ok_or_else(broken)?),
             b"mtime" => self.mtime = Some(time(value).ok_or_else(broken)?),
-            _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(TarError::Format("sparse files are not known"));
-            }
             _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    self.sparse.get_or_insert_default().set(key, value)?;
+                } else if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.push((name.into(), value.into()));
                 }
             }
@@ -259,8 +340,7 @@ impl Extensions {
         let kind = match kind {
             // Before POSIX a folder was a file with a slash behind its name.
             0 | b'0' | b'7' if path.ends_with(b"/") => b'5',
-            0 | b'0' | b'7' => b'0',
-            b'S' => return Err(TarError::Format("sparse files are not known")),
+            0 | b'0' | b'7' | b'S' => b'0',
             kind => kind,
         };
         let size = self.size.unwrap_or(size);
@@ -284,6 +364,7 @@ impl Extensions {
             major: if is_device { number(header.device_major())? } else { 0 },
             minor: if is_device { number(header.device_minor())? } else { 0 },
             xattrs: std::mem::take(&mut self.xattrs),
+            has_holes: false,
         })
     }
 }
@@ -343,7 +424,9 @@ mod tests {
             Ok(count)
         };
         assert_eq!(read(&good).unwrap(), 1);
-        for cut in [100, 512, 600, 1500, 2000, 2200] {
+        // Whole but for what fills the last record up.
+        assert_eq!(read(&good[..2536]).unwrap(), 1);
+        for cut in [100, 512, 600, 1500, 2000, 2200, 2535] {
             assert!(read(&good[..cut]).is_err(), "{cut}");
         }
         for at in 0..512 {

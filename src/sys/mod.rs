@@ -11,6 +11,7 @@ pub mod interface;
 pub mod link_changes;
 pub mod lock;
 pub mod mapping;
+pub mod names;
 pub mod program;
 pub mod signals;
 pub mod socket_file;

@@ -1,6 +1,9 @@
 //! Tiny guests, made in the test itself, and how to run `microvm` on them.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod fake_registry;
+pub mod images;
+
 use std::ffi::{OsStr, OsString, c_int};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};

@@ -83,11 +83,14 @@ pub fn run_stop(args: &StopArgs) -> Result<u8, CliError> {
 pub fn stop(container: &Container, time: Duration) -> Result<bool, CliError> {
     let Some(vm) = connect(container)? else { return Ok(false) };
     let process = vm.process();
-    let signal = Request::Signal { session: MAIN_SESSION, signal: container.record.stop_signal };
-    let asked = Agent::connect(container).and_then(|mut agent| agent.ask(&signal));
+    let asked = signal(container, container.record.stop_signal);
     let ended = asked.is_ok() && process.as_ref().is_some_and(|process| wait_for_end(process, time));
     if !ended {
-        close(container)?;
+        match close(container) {
+            // By itself, just now.
+            Err(CliError::Container(ContainerError::NotRunning(_))) => {}
+            closed => closed?,
+        }
     }
     container.wait().map(drop).or_else(unless_gone)?;
     Ok(true)
@@ -100,12 +103,21 @@ pub fn run_kill(args: &KillArgs) -> Result<u8, CliError> {
         if args.signal == KILL {
             close(&container)?;
         } else {
-            let request = Request::Signal { session: MAIN_SESSION, signal: args.signal };
-            Agent::connect(&container)?.ask(&request)?;
+            signal(&container, args.signal)?;
         }
         writeln!(io::stdout(), "{name}")?;
         Ok(())
     }))
+}
+
+/// Sends its program a signal.
+fn signal(container: &Container, signal: u8) -> Result<(), ContainerError> {
+    let mut agent = Agent::connect(container)?;
+    match agent.ask(&Request::Signal { session: MAIN_SESSION, signal }) {
+        // It ended by that, before the answer was on its way.
+        Err(_) if !matches!(container.state(), Ok(State::Running(_))) => Ok(()),
+        asked => asked,
+    }
 }
 
 /// Closes the VM, and waits for its process.

@@ -10,9 +10,12 @@ mod read;
 mod tree;
 mod write;
 
-pub use read::Reader;
+pub use read::{Found, Reader};
 pub use tree::{Kind, Meta, Node, NodeId, Tree, XATTR_PREFIXES, Xattrs};
 pub use write::Writer;
+
+/// The attribute by which overlayfs knows a folder that hides what the layers below have in it.
+pub const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// Bytes of a block.
 pub const BLOCK: usize = 4096;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::layout::{INODE, SLOT, XATTR_HEADER};
 use super::tree::Meta;
-use super::{BLOCK, XATTR_PREFIXES};
+use super::{BLOCK, OPAQUE, XATTR_PREFIXES};
 
 /// The largest folder that is looked through, in bytes.
 const MAX_FOLDER: u64 = 64 << 20;
@@ -18,6 +18,16 @@ pub struct Reader {
     /// Byte where the inodes are.
     inodes: u64,
     root: u64,
+}
+
+/// What a layer says of a folder.
+pub enum Found {
+    /// It has it, with this owner and mode.
+    Folder(Meta),
+    /// It hides what the layers below have there.
+    Hidden,
+    /// Nothing: the layers below are to be asked.
+    Nothing,
 }
 
 struct Inode {
@@ -56,20 +66,34 @@ impl Reader {
         Ok(Self { file, inodes, root })
     }
 
-    /// Owner, mode, times and attributes of a folder. `None`: there is no such folder.
+    /// Looks a folder up.
     ///
     /// # Errors
     /// The image cannot be read.
-    pub fn folder(&self, path: &[u8]) -> io::Result<Option<Meta>> {
+    pub fn folder(&self, path: &[u8]) -> io::Result<Found> {
         let mut inode = self.inode(self.root)?;
+        let mut opaque = false;
         for name in path.split(|b| *b == b'/').filter(|name| !name.is_empty()) {
-            let Some(nid) = self.entry(&inode, name)? else { return Ok(None) };
+            let entries = self.entries(&inode)?;
+            let Some((_, nid)) = entries.into_iter().find(|(there, _)| there == name) else {
+                return Ok(if opaque { Found::Hidden } else { Found::Nothing });
+            };
             inode = self.inode(nid)?;
             if inode.kind != 0o040_000 {
-                return Ok(None);
+                return Ok(Found::Hidden);
             }
+            opaque |= inode.meta.xattrs.contains_key(OPAQUE);
         }
-        Ok(Some(inode.meta))
+        Ok(Found::Folder(inode.meta))
+    }
+
+    /// The names in the root.
+    ///
+    /// # Errors
+    /// The image cannot be read.
+    pub fn names(&self) -> io::Result<Vec<Vec<u8>>> {
+        let names = self.entries(&self.inode(self.root)?)?.into_iter().map(|(name, _)| name);
+        Ok(names.filter(|name| !matches!(name.as_slice(), b"." | b"..")).collect())
     }
 
     fn inode(&self, nid: u64) -> io::Result<Inode> {
@@ -98,26 +122,26 @@ impl Reader {
         Ok(Inode { meta, kind: mode & 0o170_000, size: u64::from_le_bytes(number(&bytes, 8)?), data })
     }
 
-    /// A folder's entry.
-    fn entry(&self, dir: &Inode, name: &[u8]) -> io::Result<Option<u64>> {
+    /// A folder's names, each with its inode.
+    fn entries(&self, dir: &Inode) -> io::Result<Vec<(Vec<u8>, u64)>> {
         if dir.size > MAX_FOLDER {
             return Err(broken());
         }
         let mut data = vec![0; dir.size as usize];
         self.file.read_exact_at(&mut data, dir.data)?;
+        let mut entries = Vec::new();
         for block in data.chunks(BLOCK) {
             let name_at =
                 |i: usize| -> io::Result<usize> { Ok(u16::from_le_bytes(number(block, i * 12 + 8)?).into()) };
             let count = name_at(0)? / 12;
             for i in 0..count {
                 let end = if i + 1 < count { name_at(i + 1)? } else { block.len() };
-                let found = block.get(name_at(i)?..end).ok_or_else(broken)?;
-                if found.split(|b| *b == 0).next() == Some(name) {
-                    return Ok(Some(u64::from_le_bytes(number(block, i * 12)?)));
-                }
+                let name = block.get(name_at(i)?..end).ok_or_else(broken)?;
+                let name = name.split(|b| *b == 0).next().unwrap_or_default();
+                entries.push((name.to_vec(), u64::from_le_bytes(number(block, i * 12)?)));
             }
         }
-        Ok(None)
+        Ok(entries)
     }
 }
 

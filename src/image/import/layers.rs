@@ -5,14 +5,15 @@ use std::thread;
 
 use super::super::decode::{self, Packing};
 use super::super::digest::{Digest, HashingReader};
-use super::super::erofs;
+use super::super::erofs::{self, Found};
 use super::super::error::ImageError;
 use super::super::layer::{Layer, LayerError};
+use super::super::manifest::Descriptor;
 use super::super::record::LayerRecord;
 use super::super::source::Part;
 use super::super::store::{Store, Temporary};
 use super::super::tar::TarError;
-use super::{Counted, ImportOptions};
+use super::{Counted, ImportOptions, blob_path};
 
 /// Where a layer is, and what is said of it.
 pub(super) struct Given {
@@ -22,6 +23,14 @@ pub(super) struct Given {
     pub blob: Option<Digest>,
     /// Its bytes.
     pub size: Option<u64>,
+}
+
+impl Given {
+    /// A layer of a manifest.
+    pub fn of(descriptor: &Descriptor) -> Self {
+        let digest = descriptor.digest;
+        Self { path: blob_path(&digest), blob: Some(digest), size: Some(descriptor.size) }
+    }
 }
 
 /// An image's layers so far.
@@ -76,10 +85,16 @@ impl<'a> Layers<'a> {
         let what = given.blob.or(diff_id).map(|digest| digest.short());
         let what = what.as_deref().or(given.path.rsplit('/').next()).unwrap_or_default();
         self.options.progress.start(what, part.size);
-        let stored = self.store.temporary()?;
+        // What was downloaded is in its place already.
+        let is_stored = given.blob.is_some_and(|blob| self.store.blob(&blob).exists());
+        let stored = if is_stored { None } else { Some(self.store.temporary()?) };
         let image = self.store.temporary()?;
-        let pass = self.read(part, &stored, &image).map_err(|source| layer_error(given, source))?;
+        let pass = self.read(part, stored.as_ref(), &image).map_err(|source| layer_error(given, source))?;
         if let Some(wanted) = given.blob.filter(|wanted| *wanted != pass.blob.0) {
+            if is_stored {
+                // Its disk has changed it. Whoever gets the image once more gets this once more.
+                let _ = std::fs::remove_file(self.store.blob(&wanted));
+            }
             return Err(ImageError::Digest { name: wanted.to_string(), found: pass.blob.0 });
         }
         if let Some(wanted) = diff_id.filter(|wanted| *wanted != pass.diff_id) {
@@ -111,11 +126,14 @@ impl<'a> Layers<'a> {
     }
 
     /// One pass: stores what comes and hashes it, unpacks it, hashes that and makes the image.
-    fn read(&self, part: Part, stored: &Temporary, image: &Temporary) -> Result<Pass, LayerError> {
+    fn read(&self, part: Part, stored: Option<&Temporary>, image: &Temporary) -> Result<Pass, LayerError> {
         let unreadable = |e: io::Error| LayerError::Tar(TarError::Read(e));
         let limits = self.options.limits;
         let counted = Counted { inner: part.data, progress: self.options.progress };
-        let mut blob = HashingReader::new(Copied { inner: counted, copy: &stored.file }, limits.bytes);
+        let mut blob = HashingReader::new(
+            Copied { inner: counted, copy: stored.map(|stored| &stored.file) },
+            limits.bytes,
+        );
         let out = image.file.try_clone().map_err(LayerError::Write)?;
         let (packing, made, diff_id) = thread::scope(|scope| {
             let (packing, sniffed) = decode::sniff(&mut blob).map_err(unreadable)?;
@@ -136,12 +154,13 @@ impl<'a> Layers<'a> {
         &mut self,
         given: &Given,
         mut pass: Pass,
-        stored: Temporary,
+        stored: Option<Temporary>,
         image: Temporary,
     ) -> Result<(), ImageError> {
-        let chained = pass.layer.implied().next().is_some() && !self.done.is_empty();
+        // The lowest, too: the same archive may stand above others in another image.
+        let chained = pass.layer.leans_on_others();
         if chained {
-            self.describe(&mut pass.layer)?;
+            self.adapt(&mut pass.layer)?;
         }
         let key = if chained { self.chained(pass.diff_id) } else { pass.diff_id };
         let mut uuid = [0; 16];
@@ -155,7 +174,7 @@ impl<'a> Layers<'a> {
         if !place.exists() {
             image.keep(&place)?;
         }
-        if !self.store.blob(&blob).exists() {
+        if let Some(stored) = stored.filter(|_| !self.store.blob(&blob).exists()) {
             stored.keep(&self.store.blob(&blob))?;
         }
         let record = LayerRecord { diff_id: pass.diff_id, blob, blob_size, image: key, image_size };
@@ -164,16 +183,32 @@ impl<'a> Layers<'a> {
     }
 
     /// overlayfs shows the owner and mode of a folder as its uppermost layer has them: where a layer only passes through
-    /// a folder, these are what the layers below say.
-    fn describe(&self, layer: &mut Layer) -> Result<(), ImageError> {
+    /// a folder, these are what the layers below say. And it hides a root's entries one by one alone.
+    fn adapt(&self, layer: &mut Layer) -> Result<(), ImageError> {
         let mut below = Vec::new();
         for (record, _) in self.done.iter().rev() {
             let path = self.store.layer(&record.image);
-            let opened = erofs::Reader::open(&path);
-            below.push(opened.map_err(|source| ImageError::Store { path, source })?);
+            let failed = |source| ImageError::Store { path: path.clone(), source };
+            let opened = erofs::Reader::open(&path).map_err(failed)?;
+            if layer.is_opaque() {
+                opened.names().map_err(failed)?.iter().for_each(|name| layer.hide(name));
+            } else {
+                below.push((path, opened));
+            }
         }
-        layer.describe(|path| below.iter().find_map(|layer| layer.folder(path).ok().flatten()));
-        Ok(())
+        let mut broken = None;
+        layer.describe(|path| {
+            for (place, layer) in &below {
+                match layer.folder(path) {
+                    Ok(Found::Folder(meta)) => return Some(meta),
+                    Ok(Found::Hidden) => return None,
+                    Ok(Found::Nothing) => {}
+                    Err(source) => broken = Some(ImageError::Store { path: place.clone(), source }),
+                }
+            }
+            None
+        });
+        broken.map_or(Ok(()), Err)
     }
 }
 
@@ -185,16 +220,20 @@ fn layer_error(given: &Given, source: LayerError) -> ImageError {
     ImageError::Layer { name: given.path.clone(), source }
 }
 
-/// Writes what is read through it to a file.
+/// Writes what is read through it to a file, where there is one.
 struct Copied<'a, R> {
     inner: R,
-    copy: &'a std::fs::File,
+    copy: Option<&'a std::fs::File>,
 }
 
 impl<R: Read> Read for Copied<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        self.copy.write_all(&buffer[..count])?;
+        if let Some(mut copy) = self.copy {
+            let written = copy.write_all(&buffer[..count]);
+            // Whoever reads would take it for the layer's own.
+            written.map_err(|e| io::Error::new(e.kind(), format!("the store cannot be written: {e}")))?;
+        }
         Ok(count)
     }
 }

@@ -8,8 +8,9 @@ use super::super::manifest::{ImageConfig, RootFs, RunConfig, architecture};
 use super::super::record::json;
 use super::super::source::Part;
 use super::super::store::Store;
+use super::add::{New, register};
 use super::layers::{Given, Layers};
-use super::{ImportOptions, Imported, Parts, new_manifest, register};
+use super::{ImportOptions, Imported};
 
 pub(super) fn import(
     store: &Store,
@@ -30,8 +31,7 @@ pub(super) fn import(
         config: Some(RunConfig::default()),
         rootfs: RootFs { kind: "layers".into(), diff_ids },
     };
-    let config = json(&config).into_bytes();
-    let manifest = new_manifest(&config, layers.done());
-    let parts = Parts { manifest: &manifest, config: &config, created: None };
-    register(store, &parts, layers, options.name.clone().into_iter().collect())
+    let names = options.name.clone().into_iter().collect();
+    let image = New { path, manifest: None, config: json(&config).into_bytes(), layers: Vec::new(), names };
+    register(store, image, None, layers)
 }

@@ -24,9 +24,9 @@ pub(super) fn from_index(
     let lists = Cell::new(MAX_LISTS);
     let mut found: Vec<(Descriptor, Vec<Reference>)> = Vec::new();
     let mut seen: Vec<Option<&str>> = Vec::new();
-    for descriptor in index.manifests.iter().take(MAX_ENTRIES) {
+    for descriptor in ranked(index) {
         let own = name(descriptor);
-        // Several entries of one name are one image for several machines: the first that fits is it.
+        // Several entries of one name are one image for several machines: the one that fits best is it.
         if seen.contains(&own) {
             continue;
         }
@@ -42,6 +42,28 @@ pub(super) fn from_index(
     Ok(found)
 }
 
+/// The image of a list that a registry has under one name.
+///
+/// # Errors
+/// A list within it cannot be read.
+pub fn from_registry(index: &Index, read: &Read) -> Result<Option<Descriptor>, ImageError> {
+    let lists = Cell::new(MAX_LISTS);
+    for descriptor in ranked(index) {
+        if let Some(image) = select(descriptor, read, (MAX_DEPTH, &lists))? {
+            return Ok(Some(image));
+        }
+    }
+    Ok(None)
+}
+
+/// The entries that this machine runs, the best first.
+fn ranked(index: &Index) -> Vec<&Descriptor> {
+    let entries = index.manifests.iter().take(MAX_ENTRIES);
+    let mut fitting: Vec<_> = entries.filter(|descriptor| descriptor.rank().is_some()).collect();
+    fitting.sort_by_key(|descriptor| descriptor.rank());
+    fitting
+}
+
 fn name(descriptor: &Descriptor) -> Option<&str> {
     let note = |key| descriptor.annotations.get(key).map(String::as_str);
     note(CONTAINERD_NAME).or_else(|| note(OCI_NAME))
@@ -52,7 +74,7 @@ fn select(
     read: &Read,
     (depth, lists): (usize, &Cell<usize>),
 ) -> Result<Option<Descriptor>, ImageError> {
-    if !descriptor.fits() || depth == 0 {
+    if depth == 0 {
         return Ok(None);
     }
     if !descriptor.is_index() {
@@ -60,7 +82,7 @@ fn select(
     }
     let Some(left) = lists.get().checked_sub(1) else { return Ok(None) };
     lists.set(left);
-    for inner in read(descriptor)?.manifests.iter().take(MAX_ENTRIES) {
+    for inner in ranked(&read(descriptor)?) {
         if let Some(image) = select(inner, read, (depth - 1, lists))? {
             return Ok(Some(image));
         }
