@@ -2,18 +2,20 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
-use crate::config::{HostEnd, MemoryConfig, is_name};
+use crate::config::{HostEnd, MemoryConfig, Publish, is_name};
 use crate::container::{
-    Changes, Claim, ContainerError, Containers, Machine, Record, StreamOptions, Streams, Wanted, new_id,
+    Address, Changes, Claim, ContainerError, Containers, Machine, Network, NetworkWishes, Record, StreamOptions, Streams, Wanted, new_id,
     record_end, set_process,
 };
 use crate::guest::TerminalSize;
+use crate::image::PullPolicy;
 use crate::metrics::Clock;
 use crate::sys::daemon::{Detached, Ready, Waiting, detach};
 use crate::sys::terminal;
@@ -23,7 +25,7 @@ use super::boot::{Format, Launch, parse_timeout};
 use super::{CliError, say};
 
 const AFTER_HELP: &str =
-    "The image must be there (microvm image import), and a kernel (microvm kernel import).
+    "The image is pulled where it is not there; a kernel must be (microvm kernel import).
 A signal that comes for microvm goes to the program: Ctrl-C ends it as it would here.
 
 Exit status: the program's, as its shell has it (128 and the signal's number where one ended it), and
@@ -37,7 +39,7 @@ Examples:
   microvm run alpine cat /etc/os-release
   microvm run -it --rm alpine sh
   echo hello | microvm run -i --rm alpine tr a-z A-Z
-  microvm run -d --name web nginx && microvm logs -f web
+  microvm run -d --name web -p 8080:80 nginx && microvm logs -f web
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
 
@@ -78,6 +80,22 @@ pub struct RunArgs {
     /// The guest's own name [default: the container's]
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
+    /// How it reaches the world: none, user[,OPTION...] or tap=NAME[,OPTION...], with the options of boot --net
+    /// [default: user]
+    #[arg(long, value_name = "NETWORK")]
+    network: Option<Network>,
+    /// A port of the host's leads to one of the container's; again for more
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:PORT[/tcp|udp]")]
+    publish: Vec<Publish>,
+    /// Its address on a tap, as 172.30.0.2/24
+    #[arg(long, value_name = "ADDRESS/BITS", requires = "network")]
+    ip: Option<Address>,
+    /// Its way to all others from a tap
+    #[arg(long, value_name = "ADDRESS", requires = "ip")]
+    gateway: Option<Ipv4Addr>,
+    /// When to get the image from its registry: missing, always or never
+    #[arg(long, value_name = "POLICY", default_value = "missing", value_parser = parse_policy)]
+    pull: PullPolicy,
     /// Number of vCPUs
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
@@ -144,7 +162,7 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
         process: machine.process.clone(),
         stop_signal: machine.stop_signal,
         rm: args.rm,
-        ports: Vec::new(),
+        ports: args.publish.iter().map(ToString::to_string).collect(),
         volumes: Vec::new(),
     };
     let claim = Containers::of_user()?.add(&record)?;
@@ -255,6 +273,13 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
         },
         read_only: args.read_only,
         kernel: args.kernel.clone(),
+        network: NetworkWishes {
+            network: args.network.clone(),
+            address: args.ip,
+            gateway: args.gateway,
+        },
+        publish: args.publish.clone(),
+        pull: args.pull,
         serial: args.serial.clone(),
     })
 }
@@ -264,6 +289,15 @@ fn read_env_file(path: &Path) -> Result<Vec<String>, CliError> {
     let text = fs::read_to_string(path).map_err(|source| CliError::EnvFile { path: path.into(), source })?;
     let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
     Ok(lines.filter_map(variable).collect())
+}
+
+fn parse_policy(text: &str) -> Result<PullPolicy, String> {
+    match text {
+        "missing" => Ok(PullPolicy::Missing),
+        "always" => Ok(PullPolicy::Always),
+        "never" => Ok(PullPolicy::Never),
+        _ => Err("allowed are missing, always and never".into()),
+    }
 }
 
 /// As Docker: a name alone stands for this environment's value, if it has one.

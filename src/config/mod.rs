@@ -23,7 +23,8 @@ pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
 pub use net::{
-    Mac, NetBackend, NetConfig, ParseMacError, ParseNetError, ParsePublishError, Protocol, Publish, Vhost,
+    Mac, NetBackend, NetConfig, PRIVATE, ParseMacError, ParseNetError, ParsePublishError, PrivateNetwork, Protocol,
+    Publish, Vhost,
 };
 pub use size::{ParseSizeError, Size};
 pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
@@ -312,9 +313,9 @@ pub enum ConfigError {
     NetLimit,
     /// A tap leads where its host says.
     #[error(
-        "--net tap={0},host-loopback: only user mode has this option: routes and a firewall say what a tap leads to"
+        "--net tap={0},{1}: only user mode has this option: addresses, routes and a firewall say what a tap leads to"
     )]
-    NetLoopback(String),
+    NetUserOption(String, &'static str),
     /// The kernel's worker knows neither passt nor limits.
     #[error(
         "--net vhost=on: it is for taps without iops=N and bandwidth=SIZE, which the host's kernel does not know: use \

@@ -1,7 +1,7 @@
 //! Network cards, and the host's ports that lead to the guest.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -33,6 +33,27 @@ pub struct NetConfig {
     /// In user mode: the router's address leads to the host, also to servers that listen on its loopback address alone.
     #[serde(skip_serializing_if = "is_false")]
     pub host_loopback: bool,
+    /// In user mode: the guest has [`PRIVATE`] addresses instead of the host's own.
+    #[serde(skip_serializing_if = "is_false")]
+    pub private: bool,
+}
+
+/// The addresses of a private network in user mode, those of QEMU's: no DHCP is needed to know them.
+pub const PRIVATE: PrivateNetwork = PrivateNetwork {
+    guest: Ipv4Addr::new(10, 0, 2, 15),
+    router: Ipv4Addr::new(10, 0, 2, 2),
+    prefix: 24,
+};
+
+/// Addresses that are the same in every guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrivateNetwork {
+    /// The guest's.
+    pub guest: Ipv4Addr,
+    /// The way to all others.
+    pub router: Ipv4Addr,
+    /// Bits of the network's prefix.
+    pub prefix: u8,
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -132,6 +153,20 @@ impl<'de> Deserialize<'de> for Mac {
 }
 
 impl NetConfig {
+    /// A card without options.
+    #[must_use]
+    pub const fn new(backend: NetBackend) -> Self {
+        Self {
+            backend,
+            mac: None,
+            vhost: Vhost::Off,
+            iops: None,
+            bandwidth: None,
+            host_loopback: false,
+            private: false,
+        }
+    }
+
     /// Its MAC address: the chosen one, or a locally administered one that stays the same from run to run. For a tap
     /// it follows from the tap's name, so that two VMs on one bridge have two; a card in user mode is alone.
     #[must_use]
@@ -163,8 +198,10 @@ impl NetConfig {
             return Err(ConfigError::NetVhost);
         }
         let NetBackend::Tap(name) = &self.backend else { return Ok(()) };
-        if self.host_loopback {
-            return Err(ConfigError::NetLoopback(name.clone()));
+        for (is_set, option) in [(self.host_loopback, "host-loopback"), (self.private, "private")] {
+            if is_set {
+                return Err(ConfigError::NetUserOption(name.clone(), option));
+            }
         }
         let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         let good = (1..=MAX_TAP_NAME).contains(&name.len()) && name != "." && name != "..";
@@ -183,7 +220,7 @@ pub enum ParseNetError {
     Backend(String),
     /// An option behind it.
     #[error(
-        "unknown option {0:?}: allowed are mac=MAC, vhost=auto|on|off, iops=N, bandwidth=SIZE and host-loopback"
+        "unknown option {0:?}: allowed are mac=MAC, vhost=auto|on|off, iops=N, bandwidth=SIZE, host-loopback and private"
     )]
     Option(String),
     /// No word about vhost.
@@ -197,7 +234,7 @@ pub enum ParseNetError {
     Bandwidth(#[from] ParseSizeError),
 }
 
-/// `tap=NAME|user[,mac=MAC][,vhost=auto|on|off][,iops=N][,bandwidth=SIZE][,host-loopback]`
+/// `tap=NAME|user[,mac=MAC][,vhost=auto|on|off][,iops=N][,bandwidth=SIZE][,host-loopback][,private]`
 impl FromStr for NetConfig {
     type Err = ParseNetError;
 
@@ -209,8 +246,7 @@ impl FromStr for NetConfig {
             Some(("tap", name)) => NetBackend::Tap(name.into()),
             _ => return Err(ParseNetError::Backend(first.into())),
         };
-        let mut net =
-            Self { backend, mac: None, vhost: Vhost::Off, iops: None, bandwidth: None, host_loopback: false };
+        let mut net = Self::new(backend);
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) => net.mac = Some(mac.parse()?),
@@ -218,6 +254,7 @@ impl FromStr for NetConfig {
                 Some(("iops", number)) => net.iops = Some(parse_number(number)?),
                 Some(("bandwidth", size)) => net.bandwidth = Some(size.parse()?),
                 None if part == "host-loopback" => net.host_loopback = true,
+                None if part == "private" => net.private = true,
                 _ => return Err(ParseNetError::Option(part.into())),
             }
         }
@@ -253,6 +290,8 @@ impl<'de> Deserialize<'de> for NetConfig {
             bandwidth: Option<Size>,
             #[serde(default)]
             host_loopback: bool,
+            #[serde(default)]
+            private: bool,
         }
         struct Visitor;
         impl<'de> de::Visitor<'de> for Visitor {
@@ -264,9 +303,9 @@ impl<'de> Deserialize<'de> for NetConfig {
                 v.parse().map_err(E::custom)
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<NetConfig, A::Error> {
-                let Fields { backend, mac, vhost, iops, bandwidth, host_loopback } =
+                let Fields { backend, mac, vhost, iops, bandwidth, host_loopback, private } =
                     Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                Ok(NetConfig { backend, mac, vhost, iops, bandwidth, host_loopback })
+                Ok(NetConfig { backend, mac, vhost, iops, bandwidth, host_loopback, private })
             }
         }
         d.deserialize_any(Visitor)

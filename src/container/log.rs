@@ -197,7 +197,7 @@ mod tests {
         let mut reader = LogReader::open(folder.path()).unwrap();
         let chunk = vec![0; MAX_FRAME];
         let per_file = MAX_BYTES as usize / (MAX_FRAME + HEAD);
-        let mut followed = 0;
+        let mut followed = 0_usize;
         for number in 0..5 * per_file {
             let mut chunk = chunk.clone();
             chunk[..8].copy_from_slice(&number.to_le_bytes());

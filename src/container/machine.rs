@@ -8,14 +8,15 @@ use std::path::PathBuf;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::config::{DiskConfig, HostEnd, VmConfig, VsockConfig};
+use crate::config::{DiskConfig, HostEnd, Publish, VmConfig, VsockConfig};
 use crate::control::base_path;
 use crate::guest::{GuestSpec, ProcessSpec};
-use crate::image::{Lease, Store};
+use crate::image::{Lease, PullOptions, PullPolicy, Store, ensure};
 use crate::kernels::{Kernel, KernelStore};
 
 use super::agent::SOCKET;
-use super::{Changes, ContainerError, parse_signal, plan};
+use super::network::connect;
+use super::{Changes, ContainerError, NetworkWishes, parse_signal, plan};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
 const STATUS_PORT: u16 = 0xf4;
@@ -40,6 +41,12 @@ pub struct Wanted {
     pub read_only: bool,
     /// A kernel of the store instead of the default one.
     pub kernel: Option<String>,
+    /// How it reaches the world.
+    pub network: NetworkWishes,
+    /// The host's ports that lead to it.
+    pub publish: Vec<Publish>,
+    /// Whether the image may be, or must be, got from its registry.
+    pub pull: PullPolicy,
     /// Where the guest's serial port goes.
     pub serial: Option<HostEnd>,
 }
@@ -67,17 +74,18 @@ impl Machine {
     /// One of them is not there, or nothing says what to run.
     pub fn of(wanted: &Wanted) -> Result<Self, ContainerError> {
         let store = Store::open()?;
-        let image = store.find(&wanted.image)?.record;
+        let image = ensure(&store, &wanted.image, wanted.pull, &PullOptions::default())?.record;
         let lease = store.lease(&image)?;
         let run = store.config(&image)?.config.unwrap_or_default();
         let layers = store.layers(&image);
         let ids: Vec<_> = (0..layers.len()).map(|n| format!("layer{n}")).collect();
+        let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
             layers: ids.clone(),
             storage: None,
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
-            network: None,
+            network,
             agent: true,
             process: plan(&run, &wanted.changes, &wanted.hostname)?,
         };
@@ -91,6 +99,8 @@ impl Machine {
         // Without a console there is nothing for the kernel to print on, which would take its time.
         config.serial = Some(wanted.serial.clone().unwrap_or(HostEnd::Null));
         config.vsock = Some(VsockConfig { cid: CID, socket: base_path().join(&wanted.name).join(SOCKET) });
+        config.nets = card.into_iter().collect();
+        config.publish = wanted.publish.clone();
         config.name = Some(wanted.name.clone());
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
         config.disks = layers.into_iter().zip(ids).map(disk).collect();

@@ -4,6 +4,7 @@
 mod agent;
 mod log;
 mod machine;
+mod network;
 mod plan;
 mod relay;
 mod signal;
@@ -21,6 +22,7 @@ use crate::kernels::KernelError;
 pub use agent::{Agent, exec, forget_vm};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
+pub use network::{Address, Network, NetworkWishes, ParseAddressError};
 pub use plan::{Changes, plan, set_variable};
 pub use relay::{Finish, Receiver, print};
 pub use signal::{ParseSignalError, parse_signal};

@@ -240,7 +240,7 @@ fn open_nets(
                 (taps.into_iter().map(|queue| Box::new(queue) as _).collect(), name)
             }
             NetBackend::User => {
-                let passt = Passt::start(std::mem::take(&mut publish), net.host_loopback)?;
+                let passt = Passt::start(std::mem::take(&mut publish), net)?;
                 (vec![Box::new(passt)], "user".into())
             }
         };

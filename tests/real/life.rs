@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use super::common::{Host, stderr, stdout};
 use super::container::host_with_image;
+use super::net::{NAMES, add_route_and_names, in_own_network};
 use super::{initrd, status};
 
 fn tuned() -> Host {
@@ -274,4 +276,60 @@ fn ends_of_all_kinds_leave_what_can_be_removed() {
     }
     assert_eq!(ps(&host), Vec::<Value>::new());
     ok(&host, "image rm box");
+}
+
+/// The body of an answer to a request over HTTP.
+fn get(address: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(b"GET /both HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.into()))
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM and passt"]
+fn run_has_a_network() {
+    in_own_network(|| {
+        let host = tuned();
+        // No default route: no network, and a line that says so.
+        let output = sh(&host, "run --rm --timeout 120s box", "busybox ip addr").output().unwrap();
+        status(&output, 0);
+        assert!(!stdout(&output).contains("eth0"), "{}", stdout(&output));
+        assert!(stderr(&output).contains("no default route"), "{}", stderr(&output));
+
+        add_route_and_names(&host);
+        let script = "busybox ip -4 addr show eth0; busybox ip route; busybox cat /etc/resolv.conf /etc/hosts";
+        let output = sh(&host, "run --rm --timeout 120s --hostname me box", script).output().unwrap();
+        status(&output, 0);
+        let text = stdout(&output);
+        for words in ["10.0.2.15/24", "default via 10.0.2.2", &format!("nameserver {NAMES}"), "10.0.2.15\tme"] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        let output = sh(&host, "run --rm --timeout 120s --network none box", "busybox ip addr").output().unwrap();
+        assert!(!stdout(&output).contains("eth0") && stderr(&output).is_empty(), "{output:?}");
+
+        // Out of it, and into it.
+        let outside = TcpListener::bind((NAMES, 8000)).unwrap();
+        let answering = thread::spawn(move || {
+            let (mut stream, _) = outside.accept().unwrap();
+            let _ = stream.read(&mut [0; 1024]);
+            stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom outside\n").unwrap();
+        });
+        let script = "busybox httpd -p 80 -h /opt && busybox wget -qO- http://$OUTSIDE:8000/ && exec busybox sleep 1000";
+        let mut command = microvm(&host, "run -d --name web -p 127.0.0.1:8080:80");
+        let started = command.arg("-e").arg(format!("OUTSIDE={NAMES}")).args(["box", "sh", "-c", script]).output();
+        status(&started.unwrap(), 0);
+        answering.join().unwrap();
+        let mut follow = microvm(&host, "logs -f web").stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(follow.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "from outside\n");
+        for number in 0..1000 {
+            assert_eq!(get("127.0.0.1:8080").unwrap(), "lower\n", "request {number}");
+        }
+        assert!(output_of(&host, "run --name other -p 127.0.0.1:8080:80 box true", 125).contains("8080"));
+        ok(&host, "rm --force web");
+        follow.wait().unwrap();
+    });
 }

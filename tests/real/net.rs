@@ -20,7 +20,7 @@ use super::{boot, boot_with, fact, read_until, sha256, status};
 const ROUTER: &str = "10.77.0.1";
 const OWN: &str = "10.77.0.2";
 /// Another address of the host, where its name server is.
-const NAMES: &str = "10.77.9.1";
+pub const NAMES: &str = "10.77.9.1";
 
 /// Runs `test` in a network and a mount table of its own.
 pub fn in_own_network(test: impl FnOnce() + Send) {
@@ -350,7 +350,7 @@ fn net_vhost_that_is_not_there() {
 }
 
 /// A host with a default route, which is where passt takes the guest's address from, and a name server of its own.
-fn add_route_and_names(host: &Host) {
+pub fn add_route_and_names(host: &Host) {
     add_tap("route0", OWN);
     run(&format!("ip route add default via {ROUTER}"));
     run(&format!("ip addr add {NAMES}/32 dev lo"));

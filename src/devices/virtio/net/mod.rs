@@ -32,7 +32,7 @@ use super::{
 };
 
 pub use backend::Backend;
-pub use passt::{Passt, PasstError};
+pub use passt::{Passt, PasstError, guest_name_servers, user_mode_lacks};
 pub use tap::{Tap, TapError};
 pub use vhost::{Kernels, VhostError, VhostNet, VhostParts};
 

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-use crate::config::{Protocol, Publish};
+use crate::config::{NetConfig, PRIVATE, PrivateNetwork, Protocol, Publish};
 use crate::sys::confinement;
 use crate::sys::guest_iovec::GuestIovecs;
 
@@ -72,14 +72,14 @@ pub struct Passt {
 }
 
 impl Passt {
-    /// Starts `passt`. With `host_loopback` the router's address leads to the host, its loopback address included.
+    /// Starts `passt` for the card `net`.
     ///
     /// # Errors
     /// It is not there, or a port is taken.
-    pub fn start(publish: &[Publish], host_loopback: bool) -> Result<Self, PasstError> {
+    pub fn start(publish: &[Publish], net: &NetConfig) -> Result<Self, PasstError> {
         publish.iter().try_for_each(check_port)?;
         let (ours, theirs) = UnixStream::pair().map_err(PasstError::Start)?;
-        run(&theirs, publish, host_loopback)?;
+        run(&theirs, publish, net)?;
         Self::over(ours).map_err(PasstError::Start)
     }
 
@@ -115,7 +115,7 @@ fn check_port(publish: &Publish) -> Result<(), PasstError> {
 
 /// Runs passt, which goes to the background once it is ready, and ends when the other end of `socket` is closed: with
 /// the VM, however that ends.
-fn run(socket: &UnixStream, publish: &[Publish], host_loopback: bool) -> Result<(), PasstError> {
+fn run(socket: &UnixStream, publish: &[Publish], net: &NetConfig) -> Result<(), PasstError> {
     // It reads what the guest sends, so it gets nothing of what our caller has left open or told us: where programs are,
     // and one descriptor.
     if let Err(e) = confinement::close_all_on_exec() {
@@ -126,7 +126,12 @@ fn run(socket: &UnixStream, publish: &[Publish], host_loopback: bool) -> Result<
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.args(["--quiet", "--one-off", "--fd"]).arg(socket.as_raw_fd().to_string());
     command.args(publish.iter().flat_map(forward));
-    if !host_loopback {
+    if net.private {
+        let PrivateNetwork { guest, router, prefix } = PRIVATE;
+        let flags = [("--address", guest.to_string()), ("--netmask", prefix.to_string()), ("--gateway", router.to_string())];
+        command.args(flags.iter().flat_map(|(flag, value)| [*flag, value]));
+    }
+    if !net.host_loopback {
         command.arg("--no-map-gw").args(names());
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -145,6 +150,34 @@ fn run(socket: &UnixStream, publish: &[Publish], host_loopback: bool) -> Result<
     Err(why(&String::from_utf8_lossy(&output.stderr)))
 }
 
+/// What user mode cannot do without, where this host lacks it: the reason, and what to do.
+#[must_use]
+pub fn user_mode_lacks() -> Option<&'static str> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if !std::env::split_paths(&path).any(|folder| folder.join("passt").is_file()) {
+        return Some("there is no passt on this host (sudo apt-get install passt)");
+    }
+    // Interface, destination, ... in hexadecimal (proc_net(5)).
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let has_default = routes.lines().any(|line| line.split_whitespace().nth(1) == Some("00000000"));
+    (!has_default).then_some("this host has no default route")
+}
+
+/// Whom a guest in user mode asks for names: the host's name servers, as far as they can be reached from there.
+#[must_use]
+pub fn guest_name_servers() -> Vec<Ipv4Addr> {
+    let servers = host_name_servers();
+    if servers.is_empty() { NAME_SERVER.parse().into_iter().collect() } else { servers }
+}
+
+/// The host's that are not on its loopback address; systemd-resolved, which puts itself there, says whom it asks.
+fn host_name_servers() -> Vec<Ipv4Addr> {
+    let read = |path| name_servers(&std::fs::read_to_string(path).unwrap_or_default());
+    let outside = |servers: Vec<Ipv4Addr>| servers.into_iter().filter(|s| !s.is_loopback()).collect::<Vec<_>>();
+    let own = outside(read("/etc/resolv.conf"));
+    if own.is_empty() { outside(read("/run/systemd/resolve/resolv.conf")) } else { own }
+}
+
 /// passt's flags for name servers. Those of `resolv.conf` it finds itself, but for those on the loopback address, which
 /// it keeps the guest from. systemd-resolved, which puts itself there, says whom it asks.
 fn names() -> Vec<String> {
@@ -152,8 +185,7 @@ fn names() -> Vec<String> {
     if read("/etc/resolv.conf").iter().any(|server| !server.is_loopback()) {
         return Vec::new();
     }
-    let servers = read("/run/systemd/resolve/resolv.conf").into_iter().filter(|server| !server.is_loopback());
-    let flags: Vec<_> = servers.flat_map(|server| ["--dns".into(), server.to_string()]).collect();
+    let flags: Vec<_> = host_name_servers().iter().flat_map(|s| ["--dns".into(), s.to_string()]).collect();
     // passt of Debian 12 answers under this address for every name server, so not beside others.
     if flags.is_empty() { vec!["--dns-forward".into(), NAME_SERVER.into()] } else { flags }
 }
