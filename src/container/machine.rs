@@ -61,6 +61,7 @@ impl Machine {
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
             network: None,
+            mounts: Vec::new(),
             process: plan(&run, &wanted.changes, &wanted.hostname)?,
         };
         let kernels = KernelStore::of_user()?;

@@ -11,6 +11,7 @@ mod modules;
 mod network;
 mod port;
 mod rootfs;
+mod shares;
 mod users;
 
 use std::ffi::OsString;

@@ -62,6 +62,7 @@ impl Image {
             read_only: false,
             hostname: "box".into(),
             network: None,
+            mounts: Vec::new(),
             process,
         };
         change(&mut spec);

@@ -90,6 +90,10 @@ impl Session {
     }
 
     fn transfer(&self, transfer: Transfer, buffers: Buffers<Memory>, action: Action) -> Result<u32, Errno> {
+        // The kernel takes -1 for the place where the file stands.
+        if i64::try_from(transfer.offset).is_err() {
+            return Err(Errno::INVAL);
+        }
         let file = self.handles.file(transfer.handle)?.file.clone();
         let mut operation = Operation { tag: 0, file, action, offset: transfer.offset, buffers };
         let mut moved = 0_u32;

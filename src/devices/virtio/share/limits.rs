@@ -14,7 +14,9 @@ const FEW: usize = 8192;
 /// What one share may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
+    /// Files that the guest knows.
     pub inodes: usize,
+    /// Files that it has open.
     pub handles: usize,
 }
 
