@@ -359,21 +359,31 @@ const READ_ONLY_SHARE: &[Rule] = &[allow_if(
     "a file or a folder of the share; never for writing",
 )];
 
+const SET_USER_ID: (&str, u32) = ("S_ISUID", libc::S_ISUID);
+
 /// What the threads of a share that can be written need besides. No call that gives a file to somebody else, and none for
 /// extended attributes, devices, sockets and pipes.
 const SHARE: &[Rule] = &[
-    allow(libc::SYS_openat, "a file or a folder of the share"),
+    allow_if(
+        libc::SYS_openat,
+        &[Check::Without(3, "mode", SET_USER_ID)],
+        "a file or a folder of the share",
+    ),
     allow(libc::SYS_pwritev2, "guest memory to a file"),
     allow(libc::SYS_ftruncate, "a file's length"),
     allow(libc::SYS_fallocate, "room for a file, and holes"),
     allow(libc::SYS_fsync, "a guest's fsync"),
     allow(libc::SYS_fdatasync, "a guest's fdatasync"),
-    allow(libc::SYS_mkdirat, "a folder"),
+    allow_if(libc::SYS_mkdirat, &[Check::Without(2, "mode", SET_USER_ID)], "a folder"),
     allow(libc::SYS_symlinkat, "a symbolic link"),
     allow(libc::SYS_linkat, "another name of a file"),
     allow(libc::SYS_renameat2, "another name instead"),
     allow(libc::SYS_unlinkat, "no name any more"),
-    allow(libc::SYS_fchmodat, "permissions; never set-user-ID"),
+    allow_if(
+        libc::SYS_fchmod,
+        &[Check::Without(1, "mode", SET_USER_ID)],
+        "permissions, of what is open: opening it is Landlock's to allow",
+    ),
     allow(libc::SYS_utimensat, "times of a file"),
     allow_if(
         libc::SYS_unshare,

@@ -1,7 +1,7 @@
 //! What describes a file, and what of it a guest may change.
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, chmodat, fstatfs,
+    AtFlags, FileType, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, fchmod, fstatfs,
     ftruncate, utimensat,
 };
 use rustix::io::Errno;
@@ -88,7 +88,8 @@ impl Session {
         Ok(self.attributes_alone(&describe(&inode.fd)?))
     }
 
-    /// A folder keeps its set-group-ID bit, which is about the files that are made in it.
+    /// A folder keeps its set-group-ID bit, which is about the files that are made in it. What is changed is opened first:
+    /// Landlock, which knows nothing of permissions, thereby has a say.
     fn change_mode(&self, inode: &Inode, stat: &Statx, mode: u32) -> Result<(), Errno> {
         let mut mode = permissions(mode);
         match inode.kind {
@@ -96,8 +97,12 @@ impl Session {
             FileType::Directory => mode |= Mode::from_raw_mode(stat.stx_mode.into()) & Mode::SGID,
             _ => return Err(Errno::OPNOTSUPP),
         }
-        let (folder, name) = self.folder.place(&inode.fd);
-        chmodat(folder, name, mode, AtFlags::empty())
+        let open = |flags| self.folder.open_inode(inode, flags);
+        let file = match open(OFlags::RDONLY) {
+            Err(Errno::ACCESS) if inode.kind == FileType::RegularFile => open(OFlags::WRONLY),
+            other => other,
+        };
+        fchmod(file?, mode)
     }
 
     fn change_size(&self, inode: &Inode, change: &Change) -> Result<(), Errno> {
