@@ -12,6 +12,8 @@ mod container;
 mod mixed;
 #[path = "real/net.rs"]
 mod net;
+#[path = "real/share.rs"]
+mod share;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
