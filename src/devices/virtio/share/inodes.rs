@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, sta
 use rustix::io::Errno;
 
 use crate::metrics::Gauge;
+use crate::sandbox::Kept;
 
 use super::wire::ROOT;
 
@@ -81,6 +82,11 @@ impl Inodes {
     /// With `root`, and room for `most` others. `count` shows how many there are.
     pub fn new(root: Inode, most: usize, count: Gauge) -> Self {
         Self { root: Arc::new(root), table: Mutex::new(Table::new()), most, count }
+    }
+
+    /// Names the descriptor that stays open when the VM confines itself.
+    pub fn keep(&self, kept: &mut Kept) {
+        kept.add("a shared folder\'s files", &self.root.fd);
     }
 
     /// The file of this number.

@@ -98,6 +98,7 @@ impl Server {
     pub fn keep(&self, kept: &mut Kept) -> Vec<Folder> {
         let folder = &self.session.folder;
         folder.keep(kept);
+        self.session.inodes.keep(kept);
         vec![Folder::Shared { folder: folder.descriptor(), readonly: folder.readonly }]
     }
 
