@@ -522,7 +522,10 @@ fn share_options_that_are_wrong() {
     for (json, words) in [
         (r#"{"kernel": {"path": "k"}, "shares": ["d"]}"#, "tag=TAG is missing"),
         (r#"{"kernel": {"path": "k"}, "shares": [{"path": "d"}]}"#, "missing field `tag`"),
-        (r#"{"kernel": {"path": "k"}, "shares": [{"path": "d", "tag": "t", "ro": true}]}"#, "unknown field `ro`"),
+        (
+            r#"{"kernel": {"path": "k"}, "shares": [{"path": "d", "tag": "t", "ro": true}]}"#,
+            "unknown field `ro`",
+        ),
     ] {
         host.file("vm.json", json.as_bytes());
         assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);

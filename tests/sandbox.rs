@@ -616,14 +616,24 @@ fn shares_are_confined_to_their_folder() {
         for attack in SHARED_CHANGES {
             // What is another's only root could change, and root has no right left to.
             let answered = answer("share", attack);
-            let theirs = user == User::Nobody && ["time_shared", "mode_shared", "link_shared"].contains(&attack.name);
+            let theirs =
+                user == User::Nobody && ["time_shared", "mode_shared", "link_shared"].contains(&attack.name);
             let exists = Some(-c_long::from(libc::EEXIST));
-            assert!(theirs || answered >= Some(0) || answered == exists, "{user:?} {}: {answered:?}", attack.name);
+            assert!(
+                theirs || answered >= Some(0) || answered == exists,
+                "{user:?} {}: {answered:?}",
+                attack.name
+            );
             assert_eq!(answer("readonly", attack), None, "{user:?} {}", attack.name);
         }
         for attack in SHARED_OUTSIDE {
             for thread in ["share", "readonly"] {
-                assert_eq!(answer(thread, attack), Some(-c_long::from(libc::EACCES)), "{thread} {}", attack.name);
+                assert_eq!(
+                    answer(thread, attack),
+                    Some(-c_long::from(libc::EACCES)),
+                    "{thread} {}",
+                    attack.name
+                );
             }
         }
         for attack in SHARED_OUTSIDE_CHANGES {

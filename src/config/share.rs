@@ -150,7 +150,9 @@ impl<'de> Deserialize<'de> for ShareConfig {
         impl<'de> de::Visitor<'de> for Visitor {
             type Value = ShareConfig;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a share as in \"src,tag=src\", or an object with path, tag, readonly, uid and gid")
+                f.write_str(
+                    "a share as in \"src,tag=src\", or an object with path, tag, readonly, uid and gid",
+                )
             }
             fn visit_str<E: de::Error>(self, v: &str) -> Result<ShareConfig, E> {
                 ShareConfig::parse(OsStr::new(v)).map_err(|e| E::custom(format!("share {v:?}: {e}")))
@@ -179,7 +181,10 @@ mod tests {
         assert_eq!((share.tag.as_str(), share.readonly, share.uid, share.gid), ("data", true, 999, 998));
         let json = serde_json::to_string(&share).unwrap();
         assert_eq!(serde_json::from_str::<ShareConfig>(&json).unwrap(), share);
-        assert_eq!(serde_json::from_str::<ShareConfig>("\"src,tag=a\"").unwrap(), parse("src,tag=a").unwrap());
+        assert_eq!(
+            serde_json::from_str::<ShareConfig>("\"src,tag=a\"").unwrap(),
+            parse("src,tag=a").unwrap()
+        );
         let short = serde_json::from_str::<ShareConfig>(r#"{"path": "src", "tag": "a"}"#).unwrap();
         assert_eq!(short, ShareConfig::new("src".into(), "a".into()));
     }

@@ -364,11 +364,7 @@ const SET_USER_ID: (&str, u32) = ("S_ISUID", libc::S_ISUID);
 /// What the threads of a share that can be written need besides. No call that gives a file to somebody else, and none for
 /// extended attributes, devices, sockets and pipes.
 const SHARE: &[Rule] = &[
-    allow_if(
-        libc::SYS_openat,
-        &[Check::Without(3, "mode", SET_USER_ID)],
-        "a file or a folder of the share",
-    ),
+    allow_if(libc::SYS_openat, &[Check::Without(3, "mode", SET_USER_ID)], "a file or a folder of the share"),
     allow(libc::SYS_pwritev2, "guest memory to a file"),
     allow(libc::SYS_ftruncate, "a file's length"),
     allow(libc::SYS_fallocate, "room for a file, and holes"),

@@ -12,8 +12,10 @@ const READ_BYTES: Metric =
     Metric::counter("microvm_share_read_bytes_total", "Bytes that the guest read from files of a share.");
 const WRITTEN_BYTES: Metric =
     Metric::counter("microvm_share_written_bytes_total", "Bytes that the guest wrote to files of a share.");
-const INODES: Metric =
-    Metric::gauge("microvm_share_known_files", "Files of a share that the guest knows, each a descriptor here.");
+const INODES: Metric = Metric::gauge(
+    "microvm_share_known_files",
+    "Files of a share that the guest knows, each a descriptor here.",
+);
 const OPEN: Metric = Metric::gauge("microvm_share_open_files", "Files of a share that the guest has open.");
 
 /// Counts since the VM's start, over all resets.

@@ -3,8 +3,8 @@
 use std::ffi::CStr;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, mkdirat, openat, readlinkat, renameat_with, symlinkat,
-    unlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, mkdirat, openat, readlinkat, renameat_with,
+    symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 

@@ -219,4 +219,3 @@ pub(super) fn open_flags(asked: u32) -> Result<OFlags, Errno> {
     }
     Ok(access | (asked & (OFlags::TRUNC | OFlags::DSYNC | OFlags::SYNC)))
 }
-

@@ -111,7 +111,8 @@ impl Rig {
     fn ask_with(&mut self, opcode: u32, node: u64, args: &[u8], room: u32) -> (i32, Vec<u8>) {
         self.unique += 1;
         self.driver.free_buffers();
-        let request = self.driver.filled(&[header(opcode, self.unique, node, args.len()), args.to_vec()].concat());
+        let request =
+            self.driver.filled(&[header(opcode, self.unique, node, args.len()), args.to_vec()].concat());
         let answer = self.driver.buffer(16 + room);
         self.driver.offer(1, &[request], &[answer]);
         let (_, written) = self.driver.wait_used(1);
@@ -191,7 +192,10 @@ impl Rig {
                 offset = long(&bytes, at + 8);
                 let text = String::from_utf8(bytes[at + 24..at + 24 + len].to_vec()).unwrap();
                 let end = at + 24 + len.next_multiple_of(8);
-                assert!(bytes[at + 24 + len..end].iter().all(|b| *b == 0), "what fills {text} up is not zero");
+                assert!(
+                    bytes[at + 24 + len..end].iter().all(|b| *b == 0),
+                    "what fills {text} up is not zero"
+                );
                 all.push((text, short(&bytes, at + 20)));
                 at = end;
             }
@@ -465,7 +469,8 @@ fn pipes_sockets_and_devices_are_neither_opened_nor_made() {
         assert_ne!(rig.setattr(node, set::SIZE, |_| {}).0, 0);
         assert_eq!(rig.chmod(node, 0o777).0, libc::EOPNOTSUPP);
     }
-    for kind in [libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFBLK, libc::S_IFDIR, libc::S_IFLNK, 0] {
+    for kind in [libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFBLK, libc::S_IFDIR, libc::S_IFLNK, 0]
+    {
         let args = [u32s(&[kind | 0o644, 0x0103, 0, 0]), name("new")].concat();
         assert_eq!(rig.error(op::MKNOD, ROOT, &args), libc::EPERM);
     }
@@ -511,7 +516,9 @@ fn owners_are_mapped_and_given_to_nobody() {
         rig.setattr(ours.node, what, change).0
     };
     assert_eq!(chown(set::UID | set::GID, 999, 998), 0);
-    for (what, uid, gid) in [(set::UID, 0, 0), (set::UID, 65534, 0), (set::GID, 0, 0), (set::UID | set::GID, 999, 1)] {
+    for (what, uid, gid) in
+        [(set::UID, 0, 0), (set::UID, 65534, 0), (set::GID, 0, 0), (set::UID | set::GID, 999, 1)]
+    {
         assert_eq!(chown(what, uid, gid), libc::EPERM);
     }
 }
@@ -542,7 +549,9 @@ fn times_and_lengths_are_set() {
     assert_eq!(rig.setattr(file.node, set::MTIME, bad).0, libc::EINVAL);
     assert_eq!(rig.setattr(file.node, set::MTIME_NOW, |_| {}).0, 0);
     assert!(fs::metadata(rig.path("f")).unwrap().mtime() > 1_700_000_000);
-    for (mode, expected) in [(0, 0), (1, 0), (3, 0), (0x10, 0), (0x40, libc::EOPNOTSUPP), (8, libc::EOPNOTSUPP)] {
+    for (mode, expected) in
+        [(0, 0), (1, 0), (3, 0), (0x10, 0), (0x40, libc::EOPNOTSUPP), (8, libc::EOPNOTSUPP)]
+    {
         let args = [u64s(&[handle, 0, 4096]), u32s(&[mode, 0])].concat();
         let error = rig.error(op::FALLOCATE, file.node, &args);
         // Not every file system can.
@@ -788,10 +797,49 @@ fn a_reset_forgets_everything() {
     assert_eq!(rig.error(op::READ, 0, &read_args(handle, 0, 1)), libc::EBADF);
     let own = std::process::id();
     let open = fs::read_dir(format!("/proc/{own}/fd")).unwrap();
-    let ours = open.filter(|e| {
-        fs::read_link(e.as_ref().unwrap().path()).is_ok_and(|to| to.starts_with(rig.path("f")))
-    });
+    let ours = open
+        .filter(|e| fs::read_link(e.as_ref().unwrap().path()).is_ok_and(|to| to.starts_with(rig.path("f"))));
     assert_eq!(ours.count(), 0, "a descriptor is left");
+}
+
+/// What the share's threads still do when the device's own has nothing more to do.
+#[test]
+fn a_pause_and_a_reset_wait_for_reads_under_way() {
+    const LEN: u32 = 2 << 20;
+    const REQUESTS: u64 = 16;
+    let mut rig = rig();
+    let data: Vec<u8> = (0..8).flat_map(|i| vec![i; LEN as usize]).collect();
+    fs::write(rig.path("big"), data).unwrap();
+    for resets in [false, true] {
+        let node = rig.lookup(ROOT, "big").node;
+        let handle = rig.open(node, libc::O_RDONLY);
+        rig.driver.free_buffers();
+        let answer = rig.driver.buffer(16 + LEN);
+        for i in 0..REQUESTS {
+            let args = read_args(handle, (i % 8) * u64::from(LEN), LEN);
+            let request = rig.driver.filled(&[header(op::READ, i, 0, args.len()), args].concat());
+            rig.driver.post(1, &[request], &[answer]);
+        }
+        rig.driver.notify(1);
+        rig.driver.wait("it does not begin", |d| (d.bytes((answer.0 + 16, 1))[0] != 0xaa).then_some(()));
+        if resets {
+            rig.driver.write(0x70, 0);
+        } else {
+            let workers = rig.driver.mmio.workers();
+            workers.iter().for_each(WorkerControl::ask_to_pause);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            assert!(workers.iter().all(|worker| worker.is_paused_by(deadline)));
+            let ended = (0..REQUESTS).take_while(|_| rig.driver.try_used(1).is_some()).count();
+            assert_eq!(ended as u64, REQUESTS, "some are still under way");
+        }
+        let before = rig.driver.shared_memory();
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(50) {
+            std::thread::yield_now();
+        }
+        assert!(rig.driver.shared_memory() == before, "it has written guest memory");
+        rig.driver.mmio.workers().iter().for_each(WorkerControl::resume);
+    }
 }
 
 #[test]

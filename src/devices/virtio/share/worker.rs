@@ -9,7 +9,9 @@ use vmm_sys_util::epoll::{Epoll, EventSet};
 use crate::sys::event::new_event;
 use crate::vm::Memory;
 
-use super::super::{ActivateError, Activation, ActiveQueue, Chain, Interrupt, QueueError, Served, take_queue};
+use super::super::{
+    ActivateError, Activation, ActiveQueue, Chain, Interrupt, QueueError, Served, take_queue,
+};
 use super::server::{Done, Job, Order};
 
 /// What has no answer comes in a queue of its own (virtio 1.3 §5.11.2).
