@@ -28,13 +28,13 @@ impl Mapping {
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.1);
         // SAFETY: it lies in the mapping, which nothing refers to.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(at), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.wrapping_add(at), bytes.len()) };
     }
 
     fn read(&self, at: usize, len: usize) -> Vec<u8> {
         assert!(at + len <= self.1);
         // SAFETY: as above, and nobody else writes to it now.
-        unsafe { std::slice::from_raw_parts(self.0.add(at), len) }.to_vec()
+        unsafe { std::slice::from_raw_parts(self.0.wrapping_add(at), len) }.to_vec()
     }
 
     fn sync(&self) {
