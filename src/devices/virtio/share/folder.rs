@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, accessat, open, openat};
+use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, accessat, fstatfs, open, openat};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -18,6 +18,21 @@ use super::inodes::Inode;
 /// This process's own descriptors, through which the file that a descriptor names is opened: no name is looked up, so
 /// nobody can put another file in its place.
 const DESCRIPTORS: &str = "/proc/self/fd";
+
+/// `PROC_SUPER_MAGIC`, where the memory of processes is, and others by which the host's kernel is controlled: sysfs,
+/// cgroup, cgroup2, debugfs, tracefs, securityfs, configfs, bpf, efivarfs (Linux, `include/uapi/linux/magic.h`).
+const OF_THE_KERNEL: [u32; 10] = [
+    0x9fa0,
+    0x6265_6572,
+    0x0027_e0eb,
+    0x6367_7270,
+    0x6462_6720,
+    0x7472_6163,
+    0x7363_6673,
+    0x6265_6570,
+    0xcafe_4a11,
+    0xde5e_81e4,
+];
 
 /// A folder that cannot be shared. Each message names the flag and the path.
 #[derive(Debug, Error)]
@@ -34,6 +49,9 @@ pub enum ShareError {
     /// A file, a device.
     #[error("--share {0} is not a folder: share the folder that it is in")]
     NotAFolder(PathBuf),
+    /// Its files are the kernel's.
+    #[error("--share {0} is a folder of the host's kernel, by whose files it is controlled: share another")]
+    OfTheKernel(PathBuf),
     /// Its files cannot be seen.
     #[error("--share {0} cannot be read by this user: change its mode or owner, or share another")]
     NotReadable(PathBuf),
@@ -75,6 +93,10 @@ impl SharedFolder {
             Errno::NOTDIR if config.path.exists() => ShareError::NotAFolder(path()),
             e => ShareError::Open { path: path(), source: e.into() },
         })?;
+        let kind = fstatfs(&root).map_err(|e| ShareError::Open { path: path(), source: e.into() })?.f_type;
+        if OF_THE_KERNEL.iter().any(|magic| i64::from(*magic) == kind) {
+            return Err(ShareError::OfTheKernel(path()));
+        }
         let may = |access| accessat(&root, ".", access, AtFlags::EACCESS).is_ok();
         if !may(Access::READ_OK | Access::EXEC_OK) {
             return Err(ShareError::NotReadable(path()));

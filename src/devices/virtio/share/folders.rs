@@ -58,9 +58,9 @@ impl Session {
                 return false;
             }
             let is_own = matches!(found.name.to_bytes(), b"." | b"..");
-            let known = if is_own { Err(Errno::NOENT) } else { inode.find(found.name) };
+            let known = if is_own { Err(Errno::NOENT) } else { self.inodes.find(&inode, found.name) };
             let so_far = std::mem::take(&mut reply);
-            let with = match known.and_then(|fd| self.inodes.add(fd)) {
+            let with = match known.and_then(|found| self.inodes.add(found)) {
                 Ok((node, stat)) => self.entry(so_far, node, &stat),
                 Err(_) => so_far.zeros(ENTRY_OUT),
             };

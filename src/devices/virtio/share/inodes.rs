@@ -16,7 +16,7 @@ use crate::sandbox::Kept;
 
 use super::wire::ROOT;
 
-/// `STATX_MNT_ID` of Linux 5.8; older ones leave it out, and then a folder that is mounted twice is one.
+/// With the mount, of Linux 5.8.
 const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
 
 /// A file, a folder or a link of the host's.
@@ -30,7 +30,14 @@ pub struct Inode {
 struct Key {
     device: (u32, u32),
     number: u64,
-    mount: u64,
+}
+
+/// Which mount a file lies on; its device where the kernel does not tell (Linux before 5.8).
+fn mount_of(stat: &Statx) -> u64 {
+    if stat.stx_mask & StatxFlags::MNT_ID.bits() != 0 {
+        return stat.stx_mnt_id;
+    }
+    u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor)
 }
 
 /// Describes what a descriptor names.
@@ -39,25 +46,40 @@ pub fn describe(fd: &OwnedFd) -> Result<Statx, Errno> {
 }
 
 impl Inode {
-    /// What `fd` names.
-    pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
-        describe(&fd).map(|stat| Self::described(fd, &stat))
-    }
-
     fn described(fd: OwnedFd, stat: &Statx) -> Self {
         Self { fd, kind: FileType::from_raw_mode(stat.stx_mode.into()) }
     }
 
     /// What lies in this folder by that name. A symbolic link is itself, and nothing is opened that could wait.
-    pub fn find(&self, name: &CStr) -> Result<OwnedFd, Errno> {
+    fn find(&self, name: &CStr) -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         openat(&self.fd, name, flags, Mode::empty())
+    }
+}
+
+/// Something that was found, and that the guest was not told of yet.
+pub struct Found {
+    fd: OwnedFd,
+    stat: Statx,
+}
+
+impl Found {
+    /// It without a number, for who opens it.
+    pub fn inode(&self) -> Result<Inode, Errno> {
+        Ok(Inode::described(self.fd.try_clone().map_err(|_| Errno::MFILE)?, &self.stat))
+    }
+
+    /// It as it is by now.
+    pub fn again(self) -> Result<Self, Errno> {
+        Ok(Self { stat: describe(&self.fd)?, ..self })
     }
 }
 
 /// All that the guest knows. It tells what it forgets; what it does not forget is bounded.
 pub struct Inodes {
     root: Arc<Inode>,
+    /// What the root lies on.
+    mount: u64,
     table: Mutex<Table>,
     most: usize,
     count: Gauge,
@@ -80,8 +102,13 @@ struct Known {
 
 impl Inodes {
     /// With `root`, and room for `most` others. `count` shows how many there are.
-    pub fn new(root: Inode, most: usize, count: Gauge) -> Self {
-        Self { root: Arc::new(root), table: Mutex::new(Table::new()), most, count }
+    ///
+    /// # Errors
+    /// The kernel cannot describe it.
+    pub fn new(root: OwnedFd, most: usize, count: Gauge) -> Result<Self, Errno> {
+        let stat = describe(&root)?;
+        let root = Arc::new(Inode::described(root, &stat));
+        Ok(Self { root, mount: mount_of(&stat), table: Mutex::new(Table::new()), most, count })
     }
 
     /// Names the descriptor that stays open when the VM confines itself.
@@ -97,17 +124,31 @@ impl Inodes {
         self.lock().known.get(&node).map(|known| known.inode.clone()).ok_or(Errno::STALE)
     }
 
-    /// The number of what `fd` names, which the guest is told of once more.
+    /// What lies in `folder` by this name.
+    ///
+    /// # Errors
+    /// `EXDEV` for what is mounted there, which nobody has shared: below `/` that would be `/proc`, where this process's
+    /// memory is a file.
+    pub fn find(&self, folder: &Inode, name: &CStr) -> Result<Found, Errno> {
+        self.describe(folder.find(name)?)
+    }
+
+    /// What `fd` names.
+    ///
+    /// # Errors
+    /// As for [`Inodes::find`].
+    pub fn describe(&self, fd: OwnedFd) -> Result<Found, Errno> {
+        let stat = describe(&fd)?;
+        if mount_of(&stat) == self.mount { Ok(Found { fd, stat }) } else { Err(Errno::XDEV) }
+    }
+
+    /// The number of what was found, which the guest is told of once more.
     ///
     /// # Errors
     /// `EMFILE`: the guest knows as many as it may.
-    pub fn add(&self, fd: OwnedFd) -> Result<(u64, Statx), Errno> {
-        let stat = describe(&fd)?;
-        let key = Key {
-            device: (stat.stx_dev_major, stat.stx_dev_minor),
-            number: stat.stx_ino,
-            mount: stat.stx_mnt_id,
-        };
+    pub fn add(&self, found: Found) -> Result<(u64, Statx), Errno> {
+        let Found { fd, stat } = found;
+        let key = Key { device: (stat.stx_dev_major, stat.stx_dev_minor), number: stat.stx_ino };
         let mut table = self.lock();
         if let Some(node) = table.numbers.get(&key).copied()
             && let Some(known) = table.known.get_mut(&node)

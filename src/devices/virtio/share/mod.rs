@@ -158,8 +158,10 @@ impl VirtioDevice for Share {
     }
 
     fn quiesce(&mut self) -> Vec<ActiveQueue> {
+        self.session.set_ending(true);
         let queues = self.worker.take().and_then(Worker::stop).map(ShareWorker::into_queues);
         self.session.clear();
+        self.session.set_ending(false);
         queues.unwrap_or_default()
     }
 }

@@ -62,20 +62,21 @@ impl Session {
         let flags = open_flags(asked)?;
         let own = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = openat(&self.inode(parent)?.fd, name, flags | own, permissions(mode));
-        let (file, fd) = match made {
+        let (file, found) = match made {
             Ok(fd) => {
                 let file = fd.into();
-                let fd = self.folder.path_of(&file)?;
-                (file, fd)
+                let found = self.inodes.describe(self.folder.path_of(&file)?)?;
+                (file, found)
             }
             // It is looked at before it is opened: it may be a pipe.
             Err(Errno::EXIST) if !OFlags::from_bits_retain(asked).contains(OFlags::EXCL) => {
-                let inode = super::inodes::Inode::new(self.inode(parent)?.find(name)?)?;
-                (self.folder.open_inode(&inode, flags)?, inode.fd)
+                let found = self.inodes.find(&*self.inode(parent)?, name)?;
+                // Opening may have emptied it.
+                (self.folder.open_inode(&found.inode()?, flags)?, found.again()?)
             }
             Err(e) => return Err(e),
         };
-        let (node, stat) = self.inodes.add(fd)?;
+        let (node, stat) = self.inodes.add(found)?;
         match self.handles.add(file, false) {
             Ok(handle) => Ok(Self::opened(self.entry(Reply::empty(), node, &stat), handle)),
             Err(e) => {

@@ -7,7 +7,7 @@ use crate::vm::Memory;
 
 use super::super::{Chain, QueueError, Segment, slice};
 use super::files::Transfer;
-use super::session::Session;
+use super::session::{MAX_TRANSFER, Session};
 use super::wire::{Args, Header, IN_HEADER, OUT_HEADER, Reply, WRITE_IN, op, out_header};
 
 /// The most that stands behind a request's header, but for data: two names, or a name and a link's target.
@@ -85,7 +85,7 @@ impl Session {
         let Some(args) = args_of(chain, memory)? else { return Ok(Err(Errno::TOOBIG)) };
         let transfer = self.check(header.opcode).and_then(|()| Transfer::read(&mut Args::new(&args)));
         Ok(transfer.and_then(|transfer| {
-            let pieces = slice(chain.writable(), OUT_HEADER, room.min(transfer.size));
+            let pieces = slice(chain.writable(), OUT_HEADER, room.min(transfer.size).min(MAX_TRANSFER));
             self.read(transfer, buffers(memory, pieces)?)
         }))
     }
@@ -103,7 +103,7 @@ impl Session {
         chain.read(memory.guest(), IN_HEADER, &mut args)?;
         let transfer = self.check(header.opcode).and_then(|()| Transfer::read(&mut Args::new(&args)));
         Ok(transfer.and_then(|transfer| {
-            if transfer.size > len {
+            if transfer.size > len.min(MAX_TRANSFER) {
                 return Err(Errno::INVAL);
             }
             let pieces = slice(chain.readable(), start, transfer.size);

@@ -148,7 +148,7 @@ fn work(orders: &Mutex<Receiver<Order>>, session: &Session) {
         let order = orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
         match order {
             Ok(Order::Work(Job { queue, chain, memory, done })) => {
-                let written = session.serve(&memory, &chain);
+                let written = if session.is_ending() { Ok(0) } else { session.serve(&memory, &chain) };
                 done.put(Ended { queue, chain, written });
             }
             Ok(Order::End) | Err(_) => return,

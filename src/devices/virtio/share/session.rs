@@ -17,9 +17,11 @@ use super::wire::{self, Args, Header, Reply, init, op};
 
 /// How long the guest may believe what it was told of a file: what the host changes is seen within this.
 const VALID: Duration = Duration::from_secs(1);
-/// The most pages of one read or write: 1 MiB, as far as a request of Linux goes.
+/// The most pages of one read or write: as far as a request of Linux goes.
 const MAX_PAGES: u16 = 256;
 const PAGE: u32 = 4096;
+/// The same in bytes, 1 MiB, which a guest is held to: no request takes long.
+pub(super) const MAX_TRANSFER: u32 = MAX_PAGES as u32 * PAGE;
 /// Requests that nobody in the guest waits for, as reading ahead, and when it holds back: as many as a queue has room for.
 const BACKGROUND: (u16, u16) = (64, 48);
 
@@ -31,6 +33,7 @@ pub struct Session {
     pub(super) ids: Ids,
     pub(super) counters: ShareCounters,
     is_started: AtomicBool,
+    is_ending: AtomicBool,
 }
 
 impl Session {
@@ -44,10 +47,17 @@ impl Session {
         limits: Limits,
         counters: ShareCounters,
     ) -> std::io::Result<Self> {
-        let root = Inode::new(folder.root()?)?;
-        let inodes = Inodes::new(root, limits.inodes, counters.inodes.clone());
+        let inodes = Inodes::new(folder.root()?, limits.inodes, counters.inodes.clone())?;
         let handles = Handles::new(limits.handles, counters.open.clone());
-        Ok(Self { folder, inodes, handles, ids, counters, is_started: AtomicBool::new(false) })
+        Ok(Self {
+            folder,
+            inodes,
+            handles,
+            ids,
+            counters,
+            is_started: AtomicBool::new(false),
+            is_ending: AtomicBool::new(false),
+        })
     }
 
     /// The driver is gone: nothing that it had is left.
@@ -55,6 +65,16 @@ impl Session {
         self.is_started.store(false, Ordering::SeqCst);
         self.handles.clear();
         self.inodes.clear();
+    }
+
+    /// The device is being reset: what waits to be done is given back undone.
+    pub fn set_ending(&self, ending: bool) {
+        self.is_ending.store(ending, Ordering::SeqCst);
+    }
+
+    /// Whether nobody waits for an answer any more.
+    pub fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::SeqCst)
     }
 
     /// Whether a driver has said INIT.
@@ -143,7 +163,7 @@ impl Session {
             | init::PARALLEL_DIROPS
             | init::MAX_PAGES;
         let reply = Reply::empty().u32(wire::MAJOR).u32(wire::MINOR).u32(readahead).u32(wanted & offered);
-        let reply = reply.u16(BACKGROUND.0).u16(BACKGROUND.1).u32(u32::from(MAX_PAGES) * PAGE);
+        let reply = reply.u16(BACKGROUND.0).u16(BACKGROUND.1).u32(MAX_TRANSFER);
         // Times are exact to a nanosecond.
         Ok(reply.u32(1).u16(MAX_PAGES).u16(0).zeros(32))
     }
@@ -155,8 +175,8 @@ impl Session {
 
     /// `fuse_entry_out` for what lies in `parent` by this name, which the guest knows from now on.
     pub(super) fn lookup(&self, parent: u64, name: &CStr) -> Result<Reply, Errno> {
-        let fd = self.inode(parent)?.find(name)?;
-        let (node, stat) = self.inodes.add(fd)?;
+        let found = self.inodes.find(&*self.inode(parent)?, name)?;
+        let (node, stat) = self.inodes.add(found)?;
         Ok(self.entry(Reply::empty(), node, &stat))
     }
 

@@ -724,6 +724,7 @@ fn lengths_that_lie_are_errors() {
     rig.write(handle, 0, b"contents");
     // More to read than there is room.
     assert_eq!(rig.ask_with(op::READ, 0, &read_args(handle, 0, u32::MAX), 4), (0, b"cont".to_vec()));
+    assert_eq!(rig.error(op::WRITE, 0, &write_args(handle, 0, &vec![b'x'; (1 << 20) + 1])), libc::EINVAL);
     assert_eq!(rig.error(op::LOOKUP, ROOT, &vec![b'x'; 20000]), libc::E2BIG);
     assert_eq!(rig.error(op::LOOKUP, ROOT, &[vec![b'x'; 300], vec![0]].concat()), libc::ENAMETOOLONG);
     for opcode in [op::SETATTR, op::GETATTR, op::OPEN, op::RENAME, op::LINK, op::FALLOCATE, op::READDIR] {
@@ -802,11 +803,52 @@ fn a_reset_forgets_everything() {
     assert_eq!(ours.count(), 0, "a descriptor is left");
 }
 
+/// Below `/` lies `/proc`, where the memory of this process is a file that it may write.
+#[test]
+fn what_is_mounted_in_the_folder_is_not_shared() {
+    let config = ShareConfig { readonly: true, ..ShareConfig::new("/".into(), "root".into()) };
+    let (share, server) = Share::open(&config, 0, MANY, &Registry::default()).unwrap();
+    let (counters, threads) = (share.counters(), server.start(Confined::not()).unwrap());
+    let driver = Driver::start(Box::new(share), &[64, 512]);
+    let mut rig = Rig { driver, counters, _threads: threads, dir: tempfile::tempdir().unwrap(), unique: 0 };
+    rig.good(op::INIT, 0, &init_args(7, 37));
+    assert_eq!(rig.error(op::LOOKUP, ROOT, &name("proc")), libc::EXDEV);
+    rig.lookup(ROOT, "etc");
+    let handle = long(&rig.good(op::OPENDIR, ROOT, &u32s(&[0, 0])), 0);
+    let args = [&u64s(&[handle, 0])[..], &u32s(&[65536, 0]), &u64s(&[0, 0])].concat();
+    let (error, bytes) = rig.ask_with(op::READDIRPLUS, ROOT, &args, 65536);
+    assert_eq!(error, 0);
+    let at = bytes.windows(4).position(|text| text == b"proc").unwrap();
+    assert_eq!(long(&bytes, at - 24 - ENTRY_OUT), 0, "it is told of all the same");
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_queue_full_of_long_requests() {
+    const REQUESTS: u64 = 250;
+    let mut rig = rig();
+    fs::write(rig.path("big"), vec![7; 1 << 20]).unwrap();
+    let node = rig.lookup(ROOT, "big").node;
+    let handle = rig.open(node, libc::O_RDONLY);
+    rig.driver.free_buffers();
+    let args = read_args(handle, 0, 1 << 20);
+    let request = rig.driver.filled(&[header(op::READ, 1, 0, args.len()), args].concat());
+    let answer = rig.driver.buffer((1 << 20) + 16);
+    let before = rig.counters.requests.get();
+    for _ in 0..REQUESTS {
+        rig.driver.post(1, &[request], &[answer]);
+    }
+    rig.driver.notify(1);
+    rig.driver.wait("it does not begin", |d| (d.bytes((answer.0 + 16, 1))[0] == 7).then_some(()));
+    rig.driver.write(0x70, 0);
+    let done = rig.counters.requests.get() - before;
+    assert!(done < REQUESTS, "all {done} were done, though nobody waits for them");
+}
+
 /// What the share's threads still do when the device's own has nothing more to do.
 #[test]
 fn a_pause_and_a_reset_wait_for_reads_under_way() {
-    const LEN: u32 = 2 << 20;
-    const REQUESTS: u64 = 16;
+    const LEN: u32 = 1 << 20;
+    const REQUESTS: u64 = 32;
     let mut rig = rig();
     let data: Vec<u8> = (0..8).flat_map(|i| vec![i; LEN as usize]).collect();
     fs::write(rig.path("big"), data).unwrap();
@@ -853,6 +895,9 @@ fn folders_that_cannot_be_shared_are_named() {
     assert!(matches!(open(&dir.path().join("none"), false), Err(ShareError::Open { .. })));
     assert!(matches!(open(&dir.path().join("file/x"), false), Err(ShareError::Open { .. })));
     assert!(matches!(open(&dir.path().join("file"), false), Err(ShareError::NotAFolder(_))));
+    for path in ["/proc", "/proc/self/task", "/sys/kernel"] {
+        assert!(matches!(open(Path::new(path), true), Err(ShareError::OfTheKernel(_))), "{path}");
+    }
     open(dir.path(), true).unwrap();
     symlink(dir.path(), dir.path().join("link")).unwrap();
     open(&dir.path().join("link"), false).unwrap();
