@@ -45,6 +45,7 @@ Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio --console stdio   # hvc0, as wide as the terminal
   microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
   microvm boot --kernel bzImage --initrd i.cpio --net user -p 8080:80
+  microvm boot --kernel bzImage --initrd i.cpio --share src,tag=src,readonly    # mount -t virtiofs src /mnt
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
