@@ -854,7 +854,14 @@ fn filters(process: &str) -> Option<u32> {
 fn every_thread_of_a_running_vm_is_confined() {
     for user in users() {
         let host = Host::new();
+        for folder in ["s", "r"] {
+            let path = host.dir.path().join(folder);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        }
         let flags = ["--cpus", "3", "--control", "control.sock", "--vsock", "cid=3,socket=v"];
+        let shares = ["--share", "s,tag=s", "--share", "r,tag=r,readonly"];
+        let flags = [&flags[..], &shares].concat();
         let vm = Running::start(&mut boot_as(&host, user, &spin(), &flags));
         let mut names = Vec::new();
         for task in fs::read_dir(vm.proc().join("task")).unwrap() {
@@ -878,7 +885,9 @@ fn every_thread_of_a_running_vm_is_confined() {
             }
             names.push(field("Name"));
         }
-        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "vsock-file", "control"] {
+        for name in
+            ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "vsock-file", "control", "share0", "share1"]
+        {
             assert!(names.iter().any(|n| n == name), "no {name} among {names:?}");
         }
         let limits = fs::read_to_string(vm.proc().join("limits")).unwrap();
@@ -933,8 +942,11 @@ fn only_named_descriptors_are_open() {
     let kernel = host.kernel(&spin());
     let metrics = ["--control", "control.sock", "--metrics", "metrics.json"];
     let vsock = ["--vsock", "cid=3,socket=v"];
+    fs::create_dir(host.dir.path().join("s")).unwrap();
+    let share = ["--share", "s,tag=s"];
     let flags =
-        [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics, &vsock].concat();
+        [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics, &vsock, &share];
+    let flags = flags.concat();
     let named = [
         "/memfd:guest-memory (deleted)",
         "a path", // standard input, again for the serial port
@@ -942,8 +954,14 @@ fn only_named_descriptors_are_open() {
         "a path", // the folders of the control socket and the vsock's, the file of --metrics
         "a path",
         "a path",
+        "a path", // the shared folder, twice, and that of descriptors
+        "a path",
+        "a path",
         // Event loop, serial port twice; the control thread's end; what devices want done; notifications and interrupt of
-        // the random numbers, and of the vsock.
+        // the random numbers, of the vsock, and of the share.
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
