@@ -59,19 +59,19 @@ impl Inode {
 
 /// Something that was found, and that the guest was not told of yet.
 pub struct Found {
-    fd: OwnedFd,
+    inode: Inode,
     stat: Statx,
 }
 
 impl Found {
     /// It without a number, for who opens it.
-    pub fn inode(&self) -> Result<Inode, Errno> {
-        Ok(Inode::described(self.fd.try_clone().map_err(|_| Errno::MFILE)?, &self.stat))
+    pub fn inode(&self) -> &Inode {
+        &self.inode
     }
 
     /// It as it is by now.
     pub fn again(self) -> Result<Self, Errno> {
-        Ok(Self { stat: describe(&self.fd)?, ..self })
+        Ok(Self { stat: describe(&self.inode.fd)?, ..self })
     }
 }
 
@@ -139,7 +139,10 @@ impl Inodes {
     /// As for [`Inodes::find`].
     pub fn describe(&self, fd: OwnedFd) -> Result<Found, Errno> {
         let stat = describe(&fd)?;
-        if mount_of(&stat) == self.mount { Ok(Found { fd, stat }) } else { Err(Errno::XDEV) }
+        if mount_of(&stat) != self.mount {
+            return Err(Errno::XDEV);
+        }
+        Ok(Found { inode: Inode::described(fd, &stat), stat })
     }
 
     /// The number of what was found, which the guest is told of once more.
@@ -147,7 +150,7 @@ impl Inodes {
     /// # Errors
     /// `EMFILE`: the guest knows as many as it may.
     pub fn add(&self, found: Found) -> Result<(u64, Statx), Errno> {
-        let Found { fd, stat } = found;
+        let Found { inode, stat } = found;
         let key = Key { device: (stat.stx_dev_major, stat.stx_dev_minor), number: stat.stx_ino };
         let mut table = self.lock();
         if let Some(node) = table.numbers.get(&key).copied()
@@ -161,8 +164,7 @@ impl Inodes {
         }
         table.last += 1;
         let node = table.last;
-        let inode = Arc::new(Inode::described(fd, &stat));
-        table.known.insert(node, Known { inode, key, lookups: 1 });
+        table.known.insert(node, Known { inode: Arc::new(inode), key, lookups: 1 });
         table.numbers.insert(key, node);
         self.count.set(table.known.len() as u64);
         Ok((node, stat))

@@ -72,7 +72,7 @@ impl Session {
             Err(Errno::EXIST) if !OFlags::from_bits_retain(asked).contains(OFlags::EXCL) => {
                 let found = self.inodes.find(&*self.inode(parent)?, name)?;
                 // Opening may have emptied it.
-                (self.folder.open_inode(&found.inode()?, flags)?, found.again()?)
+                (self.folder.open_inode(found.inode(), flags)?, found.again()?)
             }
             Err(e) => return Err(e),
         };

@@ -83,7 +83,7 @@ fn rig_with(dir: TempDir, options: &str, limits: Limits) -> Rig {
     text.push(options);
     let config = ShareConfig::parse(&text).unwrap();
     let (share, server) = Share::open(&config, 0, limits, &Registry::default()).unwrap();
-    let (counters, threads) = (share.counters(), server.start(Confined::not()).unwrap());
+    let (counters, threads) = (share.counters(), server.start(Confined::threads_alone()).unwrap());
     let mut driver = Driver::start(Box::new(share), &[64, 512]);
     driver.free_buffers();
     let mut rig = Rig { driver, counters, _threads: threads, dir, unique: 0 };
@@ -226,7 +226,7 @@ pub fn rig_of_any_kind() -> testing::Rig {
     let text = format!("{},tag=any", dir.path().display());
     let config = ShareConfig::parse(text.as_ref()).unwrap();
     let (share, server) = Share::open(&config, 0, MANY, &Registry::default()).unwrap();
-    let threads = server.start(Confined::not()).unwrap();
+    let threads = server.start(Confined::threads_alone()).unwrap();
     let ask = |driver: &mut Driver, opcode, args: &[u8]| {
         let request = driver.filled(&[header(opcode, 1, ROOT, args.len()), args.to_vec()].concat());
         let answer = driver.buffer(300);
@@ -808,7 +808,7 @@ fn a_reset_forgets_everything() {
 fn what_is_mounted_in_the_folder_is_not_shared() {
     let config = ShareConfig { readonly: true, ..ShareConfig::new("/".into(), "root".into()) };
     let (share, server) = Share::open(&config, 0, MANY, &Registry::default()).unwrap();
-    let (counters, threads) = (share.counters(), server.start(Confined::not()).unwrap());
+    let (counters, threads) = (share.counters(), server.start(Confined::threads_alone()).unwrap());
     let driver = Driver::start(Box::new(share), &[64, 512]);
     let mut rig = Rig { driver, counters, _threads: threads, dir: tempfile::tempdir().unwrap(), unique: 0 };
     rig.good(op::INIT, 0, &init_args(7, 37));
