@@ -156,7 +156,7 @@ mod tests {
         assert_eq!((spec.process.cwd.as_str(), spec.process.user.as_str(), spec.read_only), ("/", "", false));
         assert_eq!(serde_json::from_str::<GuestSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
         assert!(serde_json::from_str::<GuestSpec>(&text.replace("hostname", "host")).is_err());
-        let mounts = r#""mounts": [{"tag": "src", "path": "/src"}], "hostname""#;
+        let mounts = r#""mounts": [{"tag": "src", "path": "/src"}], "hostname"#;
         let spec: GuestSpec = serde_json::from_str(&text.replace("\"hostname", mounts)).unwrap();
         assert_eq!(spec.mounts, [MountSpec { tag: "src".into(), path: "/src".into(), read_only: false }]);
     }

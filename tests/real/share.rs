@@ -2,14 +2,15 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use microvm::guest::MountSpec;
 
 use super::common::{Host, stderr, stdout};
-use super::{boot, fact, read_until, sha256, status};
+use super::{boot, fact, initrd, kernel, read_until, sha256, status};
 
 /// The oldest that has the driver as a module, the newest, which has it built in, and ours.
 const KERNELS: [(&str, &str); 3] =
@@ -138,6 +139,50 @@ fn share_read_only_is_the_hosts_to_enforce() {
         assert_eq!(fs::read_dir(&share).unwrap().count(), 2, "{name}");
         assert!(!stderr(&output).contains("sandbox refused"), "{name}: {}", stderr(&output));
     }
+}
+
+/// A user's folder, without root: the guest's root has that user's rights and no more.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn share_needs_no_root() {
+    if !rustix::process::getuid().is_root() {
+        return eprintln!("skipped: only root can make another's file");
+    }
+    const NOBODY: u32 = 65534;
+    let host = Host::new();
+    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let share = host.dir.path().join("share");
+    fs::create_dir(&share).unwrap();
+    fs::write(share.join("foreign"), "root's alone").unwrap();
+    fs::set_permissions(share.join("foreign"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::set_permissions(&share, fs::Permissions::from_mode(0o700)).unwrap();
+    chown(&share, Some(NOBODY), Some(NOBODY)).unwrap();
+    // Wherever the checkout is, others need not be let in.
+    let copy = |from: &Path, name: &str| {
+        let to = host.dir.path().join(name);
+        fs::copy(from, &to).unwrap_or_else(|e| panic!("{}: {e}", from.display()));
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).unwrap();
+        to
+    };
+    let mut command = Command::new(copy(Path::new(env!("CARGO_BIN_EXE_microvm")), "microvm"));
+    command.args(["boot", "--timeout", "120s", "--control", "none", "--exit-code-port", "0xf4", "--kernel"]);
+    command.arg(copy(&kernel("tuned").join("vmlinux"), "vmlinux")).arg("--initrd");
+    command.arg(copy(&initrd("tuned"), "initrd")).arg("--share");
+    command.arg(format!("{},tag=test,uid=7,gid=8", share.display()));
+    command.args(["--append", "microvm.exit_code_port=0xf4 -- /bin/check share-of-a-user"]);
+    let output = command.uid(NOBODY).gid(NOBODY).current_dir("/").stdin(Stdio::null()).output().unwrap();
+    status(&output, 0);
+    let text = stdout(&output);
+    for (what, expected) in [
+        ("files", "held"),
+        ("own", "7:8 700"),
+        ("foreign", "65534:65534 600"),
+        ("foreign-read", "no"),
+        ("given", "no"),
+    ] {
+        assert_eq!(fact(&text, what), expected, "{what}: {text}");
+    }
+    assert_eq!(fs::metadata(share.join("control")).unwrap().uid(), NOBODY);
 }
 
 /// Two shares of a container, one in the other, which it need have no folders for.
