@@ -113,7 +113,7 @@ impl Inodes {
 
     /// Names the descriptor that stays open when the VM confines itself.
     pub fn keep(&self, kept: &mut Kept) {
-        kept.add("a shared folder\'s files", &self.root.fd);
+        kept.add("the root of a shared folder", &self.root.fd);
     }
 
     /// The file of this number.
