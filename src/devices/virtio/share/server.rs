@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::sandbox::{Confined, Folder, Kept, SandboxError, ThreadKind};
+use crate::sys::signals;
 use crate::sys::umask::own_umask;
 use crate::vm::Memory;
 
@@ -107,6 +108,8 @@ impl Server {
     /// # Errors
     /// The host has no thread left, or cannot confine it.
     pub fn start(self, confined: Confined) -> Result<Threads, SandboxError> {
+        // A guest that writes beyond the user's limit (ulimit -f) gets the error, and this process no signal.
+        signals::ignore(libc::SIGXFSZ);
         let kind = if self.session.folder.readonly { ThreadKind::ReadOnlyShare } else { ThreadKind::Share };
         let (sender, receiver) = self.orders;
         let receiver = Arc::new(Mutex::new(receiver));

@@ -22,6 +22,7 @@ const MANY: Limits = Limits { inodes: 1000, handles: 100 };
 struct Rig {
     driver: Driver,
     counters: ShareCounters,
+    session: Arc<Session>,
     _threads: Threads,
     dir: TempDir,
     unique: u64,
@@ -83,10 +84,11 @@ fn rig_with(dir: TempDir, options: &str, limits: Limits) -> Rig {
     text.push(options);
     let config = ShareConfig::parse(&text).unwrap();
     let (share, server) = Share::open(&config, 0, limits, &Registry::default()).unwrap();
-    let (counters, threads) = (share.counters(), server.start(Confined::threads_alone()).unwrap());
+    let (counters, session) = (share.counters(), share.session.clone());
+    let threads = server.start(Confined::threads_alone()).unwrap();
     let mut driver = Driver::start(Box::new(share), &[64, 512]);
     driver.free_buffers();
-    let mut rig = Rig { driver, counters, _threads: threads, dir, unique: 0 };
+    let mut rig = Rig { driver, counters, session, _threads: threads, dir, unique: 0 };
     rig.good(op::INIT, 0, &init_args(7, 37));
     rig
 }
@@ -808,9 +810,11 @@ fn a_reset_forgets_everything() {
 fn what_is_mounted_in_the_folder_is_not_shared() {
     let config = ShareConfig { readonly: true, ..ShareConfig::new("/".into(), "root".into()) };
     let (share, server) = Share::open(&config, 0, MANY, &Registry::default()).unwrap();
-    let (counters, threads) = (share.counters(), server.start(Confined::threads_alone()).unwrap());
+    let (counters, session) = (share.counters(), share.session.clone());
+    let _threads = server.start(Confined::threads_alone()).unwrap();
     let driver = Driver::start(Box::new(share), &[64, 512]);
-    let mut rig = Rig { driver, counters, _threads: threads, dir: tempfile::tempdir().unwrap(), unique: 0 };
+    let dir = tempfile::tempdir().unwrap();
+    let mut rig = Rig { driver, counters, session, _threads, dir, unique: 0 };
     rig.good(op::INIT, 0, &init_args(7, 37));
     assert_eq!(rig.error(op::LOOKUP, ROOT, &name("proc")), libc::EXDEV);
     rig.lookup(ROOT, "etc");
@@ -824,24 +828,34 @@ fn what_is_mounted_in_the_folder_is_not_shared() {
 
 #[test]
 fn a_reset_does_not_wait_for_a_queue_full_of_long_requests() {
-    const REQUESTS: u64 = 250;
+    const THREADS: u64 = 4;
     let mut rig = rig();
-    fs::write(rig.path("big"), vec![7; 1 << 20]).unwrap();
-    let node = rig.lookup(ROOT, "big").node;
-    let handle = rig.open(node, libc::O_RDONLY);
-    rig.driver.free_buffers();
-    let args = read_args(handle, 0, 1 << 20);
-    let request = rig.driver.filled(&[header(op::READ, 1, 0, args.len()), args].concat());
-    let answer = rig.driver.buffer((1 << 20) + 16);
-    let before = rig.counters.requests.get();
-    for _ in 0..REQUESTS {
-        rig.driver.post(1, &[request], &[answer]);
-    }
-    rig.driver.notify(1);
-    rig.driver.wait("it does not begin", |d| (d.bytes((answer.0 + 16, 1))[0] == 7).then_some(()));
-    rig.driver.write(0x70, 0);
-    let done = rig.counters.requests.get() - before;
-    assert!(done < REQUESTS, "all {done} were done, though nobody waits for them");
+    let handle = long(&rig.good(op::OPENDIR, ROOT, &u32s(&[0, 0])), 0);
+    let folder = rig.session.handles.folder(handle).unwrap();
+    let args = [&u64s(&[handle, 0])[..], &u32s(&[ROOMY, 0]), &u64s(&[0, 0])].concat();
+    let request = rig.driver.filled(&[header(op::READDIR, 1, ROOT, args.len()), args].concat());
+    let answer = rig.driver.buffer(16 + ROOMY);
+    let (session, before) = (rig.session.clone(), rig.counters.requests.get());
+    let (held, is_held) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // Whoever reads the folder waits until the reset has begun.
+            let _place = folder.place.lock().unwrap();
+            held.send(()).unwrap();
+            while !session.is_ending() {
+                std::thread::yield_now();
+            }
+        });
+        is_held.recv().unwrap();
+        for _ in 0..250 {
+            rig.driver.post(1, &[request], &[answer]);
+        }
+        rig.driver.notify(1);
+        let requests = rig.counters.requests.clone();
+        rig.driver.wait("it does not begin", |_| (requests.get() - before == THREADS).then_some(()));
+        rig.driver.write(0x70, 0);
+    });
+    assert_eq!(rig.counters.requests.get() - before, THREADS, "more were done, though nobody waits for them");
 }
 
 /// What the share's threads still do when the device's own has nothing more to do.
@@ -901,6 +915,30 @@ fn folders_that_cannot_be_shared_are_named() {
     open(dir.path(), true).unwrap();
     symlink(dir.path(), dir.path().join("link")).unwrap();
     open(&dir.path().join("link"), false).unwrap();
+}
+
+/// Set where the test below runs in a process of its own, whose limit it is.
+const ALONE: &str = "MICROVM_TEST_ALONE";
+
+#[test]
+fn a_file_that_is_too_long_for_its_user_is_an_error() {
+    if std::env::var_os(ALONE).is_none() {
+        let name = concat!(module_path!(), "::a_file_that_is_too_long_for_its_user_is_an_error");
+        let (_, name) = name.split_once("::").unwrap();
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = command.args(["--exact", name]).env(ALONE, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        return assert!(text.contains("1 passed"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let limit = rustix::process::Rlimit { current: Some(4096), maximum: Some(4096) };
+    rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+    let mut rig = rig();
+    let (_, handle) = rig.create(ROOT, "f", libc::O_RDWR, 0o644);
+    assert_eq!(rig.write(handle, 4000, &[7; 200]), 96);
+    assert_eq!(rig.error(op::WRITE, 0, &write_args(handle, 4096, b"x")), libc::EFBIG);
+    let args = [u64s(&[handle, 0, 8192]), u32s(&[0, 0])].concat();
+    assert_eq!(rig.error(op::FALLOCATE, 0, &args), libc::EFBIG);
+    assert_eq!(rig.read(handle, 4000, 200).len(), 96);
 }
 
 proptest! {
