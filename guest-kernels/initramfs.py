@@ -12,7 +12,7 @@ import sys
 # built in are skipped.
 DEFAULT_MODULES = (
     "pvpanic-mmio", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console", "virtio_balloon",
-    "vmw_vsock_virtio_transport", "ext4", "overlay", "erofs", "squashfs",
+    "vmw_vsock_virtio_transport", "ext4", "overlay", "erofs", "squashfs", "virtiofs",
 )
 
 

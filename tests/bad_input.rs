@@ -492,6 +492,91 @@ fn disk_options_that_are_none() {
 }
 
 #[test]
+fn share_options_that_are_wrong() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    std::fs::create_dir(host.dir.path().join("d")).unwrap();
+    let before = host.files();
+    let long = format!("d,tag={}", "x".repeat(37));
+    for (value, words) in [
+        ("", &["no path"][..]),
+        (",tag=t", &["no path"]),
+        ("d", &["tag=TAG is missing"]),
+        ("d,tag=t,ro", &["\"ro\"", "readonly"]),
+        ("d,tag=t,readonly=yes", &["\"readonly=yes\""]),
+        ("d,tag=t,tag=t", &["\"tag=t\"", "once"]),
+        ("d,tag=t,uid=-1", &["uid=-1", "0 to 4294967294"]),
+        ("d,tag=t,gid=4294967295", &["gid=4294967295", "0 to 4294967294"]),
+        ("d,tag=", &["tag=\"\"", "1 to 36"]),
+        ("d,tag=a b", &["tag=\"a b\"", "1 to 36"]),
+        (&long, &["1 to 36"]),
+    ] {
+        let output = host.boot(&kernel, &["--share", value]).output().unwrap();
+        assert_fails(&output, 2, &[&["--share"], words].concat());
+    }
+    let twice = host.boot(&kernel, &["--share", "d,tag=t", "--share", "d,tag=t,readonly"]).output().unwrap();
+    assert_fails(&twice, 2, &["--share d", "another share has the tag t"]);
+    let nine = (0..9).flat_map(|n| ["--share".into(), format!("d,tag=t{n}")]).collect::<Vec<_>>();
+    let nine: Vec<_> = nine.iter().map(String::as_str).collect();
+    assert_fails(&host.boot(&kernel, &nine).output().unwrap(), 2, &["9 shares", "at most 8"]);
+    for (json, words) in [
+        (r#"{"kernel": {"path": "k"}, "shares": ["d"]}"#, "tag=TAG is missing"),
+        (r#"{"kernel": {"path": "k"}, "shares": [{"path": "d"}]}"#, "missing field `tag`"),
+        (
+            r#"{"kernel": {"path": "k"}, "shares": [{"path": "d", "tag": "t", "ro": true}]}"#,
+            "unknown field `ro`",
+        ),
+    ] {
+        host.file("vm.json", json.as_bytes());
+        assert_fails(&host.microvm(["boot", "--config", "vm.json"]).output().unwrap(), 2, &[words]);
+        std::fs::remove_file(host.dir.path().join("vm.json")).unwrap();
+    }
+    assert_eq!(host.files(), before);
+}
+
+#[test]
+fn shares_that_are_none() {
+    let host = Host::new();
+    let kernel = host.kernel(&power_off());
+    let folder = |name: &str, mode| {
+        let path = host.dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    };
+    host.file("plain", b"x");
+    let fifo = host.dir.path().join("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    folder("closed", 0o000);
+    folder("unlisted", 0o311);
+    folder("fixed", 0o555);
+    let before = host.files();
+    for (path, words) in [
+        ("missing", "No such file"),
+        ("plain", "is not a folder"),
+        ("plain/x", "Not a directory"),
+        ("fifo", "is not a folder"),
+        ("/dev/null", "is not a folder"),
+    ] {
+        let output = host.boot(&kernel, &["--share", &format!("{path},tag=t")]).output().unwrap();
+        assert_fails(&output, 1, &["--share", path, words]);
+    }
+    // Root may read and write everything while the VM is made.
+    if !rustix::process::getuid().is_root() {
+        for (value, words) in [
+            ("closed,tag=t", "cannot be read"),
+            ("unlisted,tag=t", "cannot be read"),
+            ("fixed,tag=t", ",readonly"),
+        ] {
+            let output = host.boot(&kernel, &["--share", value]).output().unwrap();
+            assert_fails(&output, 1, &["--share", words]);
+        }
+    }
+    let output = host.boot(&kernel, &["--share", "fixed,tag=t,readonly"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(host.files(), before);
+}
+
+#[test]
 fn vsock_options_that_are_wrong() {
     let host = Host::new();
     let kernel = host.kernel(&power_off());

@@ -618,6 +618,24 @@ fn a_disks_limits_change_while_it_runs() {
 }
 
 #[test]
+fn a_share_is_shown_and_has_nothing_to_change() {
+    let station = Station::new();
+    let folder = tempfile::tempdir().unwrap();
+    let code = [print("u"), SPIN.to_vec()].concat();
+    let flag = format!("{},tag=src,readonly", folder.path().display());
+    let vm = station.start("a", &code, &["--share", &flag]);
+    let json = stdout(&station.run(&["ctl", "a", "device", "share0", "--format", "json"]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["kind"], "share", "{json}");
+    let state =
+        json!({ "tag": "src", "path": folder.path(), "readonly": true, "known_files": 0, "open_files": 0 });
+    assert_eq!(json["state"], state);
+    assert_eq!(json["counters"]["microvm_share_requests_total"], 0, "{json}");
+    assert_fails(&station.run(&["ctl", "a", "device", "share0", "tag=x"]), 1, &["nothing to change"]);
+    vm.assert_serves();
+}
+
+#[test]
 fn a_vsock_is_shown_and_has_nothing_to_change() {
     let station = Station::new();
     let code = [print("u"), SPIN.to_vec()].concat();

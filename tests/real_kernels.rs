@@ -14,6 +14,8 @@ mod life;
 mod mixed;
 #[path = "real/net.rs"]
 mod net;
+#[path = "real/share.rs"]
+mod share;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

@@ -13,7 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use common::{Host, SPIN, assert_fails, own_stderr, power_off, print, stderr, stdout, terminal};
 use microvm::config::Sandbox;
@@ -252,6 +252,78 @@ fn remove(name: &str) -> c_long {
     call(libc::SYS_unlink, [text(&path)])
 }
 
+const SHARE: &str = "MICROVM_TEST_SHARE";
+
+/// A path below the shared folder, or beside it.
+fn path_of(name: &str) -> std::ffi::CString {
+    let folder = std::env::var(SHARE).unwrap_or_else(|_| "/nonexistent".into());
+    std::ffi::CString::new(format!("{folder}/{name}")).unwrap()
+}
+
+fn open_shared(name: &str, flags: c_int, mode: c_long) -> c_long {
+    call(libc::SYS_openat, [CWD, text(&path_of(name)), flags.into(), mode])
+}
+
+fn with_two(number: c_long, from: &str, to: &str) -> c_long {
+    call(number, [CWD, text(&path_of(from)), CWD, text(&path_of(to)), 0])
+}
+
+const MAKE: c_int = libc::O_WRONLY | libc::O_CREAT;
+
+/// What a thread of any share may do.
+const SHARED: &[Attack] = attacks! {
+    read_shared: "openat" => open_shared("inside", libc::O_RDONLY, 0);
+    list_shared: "openat" => open_shared(".", libc::O_RDONLY | libc::O_DIRECTORY, 0);
+};
+
+/// What a thread may do where its share can be written, and is refused where it cannot.
+const SHARED_CHANGES: &[Attack] = attacks! {
+    write_shared: "openat" => open_shared("inside", libc::O_RDWR, 0);
+    empty_shared: "openat" => open_shared("inside", libc::O_TRUNC, 0);
+    make_shared: "openat" => open_shared("new", MAKE, 0o644);
+    folder_shared: "mkdirat" => call(libc::SYS_mkdirat, [CWD, text(&path_of("folder")), 0o755]);
+    link_shared: "linkat" => with_two(libc::SYS_linkat, "inside", "link");
+    symbolic_shared: "symlinkat" => call(libc::SYS_symlinkat, [text(c"x"), CWD, text(&path_of("symbolic"))]);
+    rename_shared: "renameat2" => with_two(libc::SYS_renameat2, "inside", "renamed");
+    remove_shared: "unlinkat" => call(libc::SYS_unlinkat, [CWD, text(&path_of("inside")), 0]);
+    time_shared: "utimensat" => call(libc::SYS_utimensat, [CWD, text(&path_of("inside")), 0, 0]);
+    mode_shared: "fchmod" => call(libc::SYS_fchmod, [open_shared("inside", libc::O_RDONLY, 0), 0o600]);
+};
+
+/// What lies beside the share, or leads there, which Landlock refuses.
+const SHARED_OUTSIDE: &[Attack] = attacks! {
+    read_beside: "" => open_shared("../outside", libc::O_RDONLY, 0);
+    list_beside: "" => open_shared("..", libc::O_RDONLY | libc::O_DIRECTORY, 0);
+    read_by_a_link: "" => open_shared("way-out", libc::O_RDONLY, 0);
+};
+
+/// The same for changes.
+const SHARED_OUTSIDE_CHANGES: &[Attack] = attacks! {
+    write_beside: "openat" => open_shared("../outside", libc::O_WRONLY, 0);
+    make_beside: "openat" => open_shared("../made", MAKE, 0o644);
+    folder_beside: "mkdirat" => call(libc::SYS_mkdirat, [CWD, text(&path_of("../made")), 0o755]);
+    remove_beside: "unlinkat" => call(libc::SYS_unlinkat, [CWD, text(&path_of("../outside")), 0]);
+    rename_out: "renameat2" => with_two(libc::SYS_renameat2, "inside", "../made");
+    rename_in: "renameat2" => with_two(libc::SYS_renameat2, "../outside", "made");
+    link_out: "linkat" => with_two(libc::SYS_linkat, "inside", "../made");
+    link_in: "linkat" => with_two(libc::SYS_linkat, "../outside", "made");
+    symbolic_beside: "symlinkat" => call(libc::SYS_symlinkat, [text(c"x"), CWD, text(&path_of("../made"))]);
+};
+
+/// What no thread of a share may do, in it or elsewhere.
+const NOT_SHARED: &[Attack] = attacks! {
+    set_user_id: "fchmod" => call(libc::SYS_fchmod, [0, 0o4755]);
+    made_set_user_id: "openat" => open_shared("new", MAKE, 0o4755);
+    mode_by_name: "fchmodat" => call(libc::SYS_fchmodat, [CWD, text(&path_of("inside")), 0o777]);
+    give_away: "fchownat" => call(libc::SYS_fchownat, [CWD, text(&path_of("inside")), 1, 1, 0]);
+    attribute: "fsetxattr" => call(libc::SYS_fsetxattr, [0, text(c"user.x"), 0, 0, 0]);
+    device: "mknodat" => call(libc::SYS_mknodat, [CWD, text(&path_of("new")), (libc::S_IFIFO | 0o644).into(), 0]);
+    by_handle: "open_by_handle_at" => call(libc::SYS_open_by_handle_at, [0, 0, 0]);
+    go_there: "fchdir" => call(libc::SYS_fchdir, [0]);
+    another_thread: "clone" => call(libc::SYS_clone, [0x003d_0f00, 0, 0, 0, 0]);
+    watch_files: "inotify_init1" => call(libc::SYS_inotify_init1, [0]);
+};
+
 /// What ends a thread by itself, and must not look like a refused call.
 const CRASHES: &[Attack] = attacks! {
     panic: "" => panic!("a panic on\ntwo lines");
@@ -261,7 +333,9 @@ const CRASHES: &[Attack] = attacks! {
 fn attack(name: &str) -> &'static Attack {
     let all =
         [ATTACKS, NARROW, CONSOLE_ONLY, WORK, VSOCK_WORK, NO_VSOCK_WORK, REMOVALS, REMOVALS_AT, CRASHES];
-    all.iter().flat_map(|a| a.iter()).find(|a| a.name == name).expect("an attack of this name")
+    let shared = [SHARED, SHARED_CHANGES, SHARED_OUTSIDE, SHARED_OUTSIDE_CHANGES, NOT_SHARED];
+    let all = all.iter().chain(&shared);
+    all.flat_map(|a| a.iter()).find(|a| a.name == name).expect("an attack of this name")
 }
 
 const ENVIRONMENT: &str = "MICROVM_TEST_VICTIM";
@@ -279,8 +353,16 @@ fn victim() {
     let level = if level == "off" { Sandbox::Off } else { Sandbox::On };
     let files = std::env::var_os(FOLDER).map(|f| Folder::Files(f.into()));
     let folders = std::env::var_os(PARENT_FOLDER).map(|f| Folder::Folders(f.into()));
-    let folders: Vec<_> = files.into_iter().chain(folders).collect();
-    let confined = Layers::find(level).unwrap().confine_process(&Kept::default(), &folders).unwrap();
+    let shared = std::env::var_os(SHARE).map(|f| Folder::Shared {
+        folder: Arc::new(fs::File::open(f).unwrap().into()),
+        readonly: thread == "readonly",
+    });
+    let mut kept = Kept::default();
+    if let Some(Folder::Shared { folder, .. }) = &shared {
+        kept.add("a shared folder", &**folder);
+    }
+    let folders: Vec<_> = files.into_iter().chain(folders).chain(shared).collect();
+    let confined = Layers::find(level).unwrap().confine_process(&kept, &folders).unwrap();
     let run = attack(name).run;
     match thread {
         // Everything but system calls.
@@ -293,6 +375,8 @@ fn victim() {
         "console" => in_thread(confined, ThreadKind::Console, thread, run),
         "cleaner" => in_thread(confined, ThreadKind::Cleaner, thread, run),
         "control" => in_thread(confined, ThreadKind::Control, thread, run),
+        "share" => in_thread(confined, ThreadKind::Share, thread, run),
+        "readonly" => in_thread(confined, ThreadKind::ReadOnlyShare, thread, run),
         // As a device's worker: started when the VMM thread is confined.
         "worker" => {
             confined.confine_thread(ThreadKind::Vmm).unwrap();
@@ -466,6 +550,124 @@ fn sockets_are_for_the_vsock_alone() {
     }
     for attack in ATTACKS.iter().chain(NO_VSOCK_WORK).chain(REMOVALS_AT) {
         victims.is_refused(User::Same, "vsock", attack);
+    }
+}
+
+/// A folder that is shared, anew for each attack, and what lies beside it.
+struct Shared {
+    dir: TempDir,
+}
+
+impl Shared {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        for (path, mode) in [(dir.path().to_path_buf(), 0o777), (dir.path().join("folder"), 0o777)] {
+            fs::create_dir_all(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        for name in ["folder/inside", "outside"] {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        }
+        std::os::unix::fs::symlink("../outside", dir.path().join("folder/way-out")).unwrap();
+        Self { dir }
+    }
+
+    fn run(&self, victims: &Victims, user: User, thread: &str, attack: &Attack) -> Output {
+        let mut command = victims.command(user, "on", thread, attack.name);
+        command.env(SHARE, self.dir.path().join("folder")).output().unwrap()
+    }
+
+    /// What the attack's last call returned, or `None` where it was refused.
+    #[track_caller]
+    fn answer(victims: &Victims, user: User, thread: &str, attack: &Attack) -> Option<c_long> {
+        let shared = Self::new();
+        let output = shared.run(victims, user, thread, attack);
+        let error = stderr(&output);
+        let outside = fs::read_to_string(shared.dir.path().join("outside"));
+        assert_eq!(outside.ok().as_deref(), Some("outside"), "{thread} {}", attack.name);
+        assert!(!shared.dir.path().join("made").exists(), "{thread} {}", attack.name);
+        if output.status.code() == Some(REFUSED) {
+            let refused = format!("refused the system call {} (", attack.refused);
+            assert!(error.contains(&refused), "{thread} {}: {error}", attack.name);
+            return None;
+        }
+        let answer = error.lines().find_map(|l| l.strip_prefix("answer "));
+        Some(answer.unwrap_or_else(|| panic!("{thread} {}: {error}", attack.name)).parse().unwrap())
+    }
+}
+
+/// A thread of a share does its work in its folder and nothing outside of it; where it is read-only, it has no call that
+/// changes anything.
+#[test]
+fn shares_are_confined_to_their_folder() {
+    if Layers::of_host().landlock_abi() == 0 {
+        return eprintln!("skipped: no Landlock here");
+    }
+    let victims = Victims::new();
+    for user in users() {
+        let answer = |thread, attack| Shared::answer(&victims, user, thread, attack);
+        for attack in SHARED {
+            for thread in ["share", "readonly"] {
+                assert!(answer(thread, attack) >= Some(0), "{user:?} {thread} {}", attack.name);
+            }
+        }
+        for attack in SHARED_CHANGES {
+            // What is another's only root could change, and root has no right left to.
+            let answered = answer("share", attack);
+            let theirs =
+                user == User::Nobody && ["time_shared", "mode_shared", "link_shared"].contains(&attack.name);
+            let exists = Some(-c_long::from(libc::EEXIST));
+            assert!(
+                theirs || answered >= Some(0) || answered == exists,
+                "{user:?} {}: {answered:?}",
+                attack.name
+            );
+            assert_eq!(answer("readonly", attack), None, "{user:?} {}", attack.name);
+        }
+        for attack in SHARED_OUTSIDE {
+            for thread in ["share", "readonly"] {
+                assert_eq!(
+                    answer(thread, attack),
+                    Some(-c_long::from(libc::EACCES)),
+                    "{thread} {}",
+                    attack.name
+                );
+            }
+        }
+        for attack in SHARED_OUTSIDE_CHANGES {
+            let answered = answer("share", attack);
+            let refusals = [libc::EACCES, libc::EXDEV, libc::EPERM].map(|e| Some(-c_long::from(e)));
+            assert!(refusals.contains(&answered), "{user:?} {}: {answered:?}", attack.name);
+            assert_eq!(answer("readonly", attack), None, "{user:?} {}", attack.name);
+        }
+        for attack in NOT_SHARED {
+            for thread in ["share", "readonly"] {
+                assert_eq!(answer(thread, attack), None, "{user:?} {thread} {}", attack.name);
+            }
+        }
+    }
+}
+
+/// What every thread is refused a share's is, too; what it has the calls for is refused by Landlock.
+#[test]
+fn shares_may_do_no_more_than_their_work() {
+    let victims = Victims::new();
+    let may = ["open_passwd", "write_a_file", "open_memory", "read_a_folder"];
+    for attack in ATTACKS {
+        if !may.contains(&attack.name) {
+            victims.is_refused(User::Same, "share", attack);
+        }
+        if !["open_passwd", "read_a_folder"].contains(&attack.name) {
+            victims.is_refused(User::Same, "readonly", attack);
+        }
+    }
+    if Layers::of_host().landlock_abi() > 0 {
+        for name in &may[..3] {
+            let answer = victims.answer(User::Same, "on", "share", name);
+            assert_eq!(answer, -c_long::from(libc::EACCES), "{name}");
+        }
     }
 }
 
@@ -652,7 +854,14 @@ fn filters(process: &str) -> Option<u32> {
 fn every_thread_of_a_running_vm_is_confined() {
     for user in users() {
         let host = Host::new();
+        for folder in ["s", "r"] {
+            let path = host.dir.path().join(folder);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        }
         let flags = ["--cpus", "3", "--control", "control.sock", "--vsock", "cid=3,socket=v"];
+        let shares = ["--share", "s,tag=s", "--share", "r,tag=r,readonly"];
+        let flags = [&flags[..], &shares].concat();
         let vm = Running::start(&mut boot_as(&host, user, &spin(), &flags));
         let mut names = Vec::new();
         for task in fs::read_dir(vm.proc().join("task")).unwrap() {
@@ -676,7 +885,9 @@ fn every_thread_of_a_running_vm_is_confined() {
             }
             names.push(field("Name"));
         }
-        for name in ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "vsock-file", "control"] {
+        for name in
+            ["microvm", "vcpu0", "vcpu1", "vcpu2", "console", "vsock-file", "control", "share0", "share1"]
+        {
             assert!(names.iter().any(|n| n == name), "no {name} among {names:?}");
         }
         let limits = fs::read_to_string(vm.proc().join("limits")).unwrap();
@@ -731,8 +942,11 @@ fn only_named_descriptors_are_open() {
     let kernel = host.kernel(&spin());
     let metrics = ["--control", "control.sock", "--metrics", "metrics.json"];
     let vsock = ["--vsock", "cid=3,socket=v"];
+    fs::create_dir(host.dir.path().join("s")).unwrap();
+    let share = ["--share", "s,tag=s"];
     let flags =
-        [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics, &vsock].concat();
+        [&["--cpus", "2", "--memory", "16M,backing=memfd", "--timeline"][..], &metrics, &vsock, &share];
+    let flags = flags.concat();
     let named = [
         "/memfd:guest-memory (deleted)",
         "a path", // standard input, again for the serial port
@@ -740,8 +954,14 @@ fn only_named_descriptors_are_open() {
         "a path", // the folders of the control socket and the vsock's, the file of --metrics
         "a path",
         "a path",
+        "a path", // the shared folder, twice, and that of descriptors
+        "a path",
+        "a path",
         // Event loop, serial port twice; the control thread's end; what devices want done; notifications and interrupt of
-        // the random numbers, and of the vsock.
+        // the random numbers, of the vsock, and of the share.
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
+        "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",
         "anon_inode:[eventfd",

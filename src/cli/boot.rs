@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::{
     BalloonConfig, Close, Control as ControlConfig, Discovery, DiskConfig, HostEnd, Load, MemoryConfig,
-    NetConfig, Publish, Sandbox, VmConfig, VsockConfig,
+    NetConfig, Publish, Sandbox, ShareConfig, VmConfig, VsockConfig,
 };
 use crate::control::{Control, Place};
 use crate::kernels::{KernelError, KernelStore};
@@ -45,6 +45,7 @@ Examples:
   microvm boot --kernel vmlinux --initrd initramfs.cpio --console stdio   # hvc0, as wide as the terminal
   microvm boot --kernel vmlinux --name web --metrics web.json      # and elsewhere: microvm ctl web pause
   microvm boot --kernel bzImage --initrd i.cpio --net user -p 8080:80
+  microvm boot --kernel bzImage --initrd i.cpio --share src,tag=src,readonly    # mount -t virtiofs src /mnt
   microvm boot --kernel vmlinux --print-config > vm.json && microvm boot --config vm.json";
 
 /// Far longer than any VM's configuration.
@@ -116,6 +117,12 @@ pub struct BootArgs {
     /// Lead a port of the host's to one of the guest's, with --net user; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]
     publish: Vec<Publish>,
+    /// A folder that the guest mounts by its tag (mount -t virtiofs TAG /mnt); again for more. Options: readonly, which
+    /// is enforced here whatever the guest does, and uid=N and gid=N: who owns in the guest what you own here [default: root]
+    /// (see docs/shares.md)
+    #[arg(long, value_name = "PATH,tag=TAG[,OPTION…]",
+        value_parser = OsStringValueParser::new().try_map(|text| ShareConfig::parse(&text)))]
+    share: Vec<ShareConfig>,
     /// How the guest finds its virtio devices: acpi, or cmdline for kernels without working ACPI [default: acpi]
     #[arg(long, value_name = "HOW", value_parser = parse_discovery)]
     discovery: Option<Discovery>,
@@ -385,6 +392,9 @@ fn into_config(args: BootArgs) -> Result<VmConfig, CliError> {
     }
     if !args.publish.is_empty() {
         config.publish = args.publish;
+    }
+    if !args.share.is_empty() {
+        config.shares = args.share;
     }
     config.discovery = args.discovery.unwrap_or(config.discovery);
     config.pit |= args.pit;

@@ -11,8 +11,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::config::{HostEnd, MemoryConfig, Publish, is_name};
 use crate::container::{
-    Address, Changes, Claim, ContainerError, Containers, Machine, Network, NetworkWishes, Record, StreamOptions, Streams, Wanted, new_id,
-    record_end, set_process,
+    Address, Changes, Claim, ContainerError, Containers, Machine, Network, NetworkWishes, Record,
+    StreamOptions, Streams, Volume, Wanted, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
 use crate::image::PullPolicy;
@@ -40,6 +40,7 @@ Examples:
   microvm run -it --rm alpine sh
   echo hello | microvm run -i --rm alpine tr a-z A-Z
   microvm run -d --name web -p 8080:80 nginx && microvm logs -f web
+  microvm run --rm -v ./src:/src:ro -v cache:/cache -w /src rust cargo build
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
 
@@ -87,6 +88,9 @@ pub struct RunArgs {
     /// A port of the host's leads to one of the container's; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:PORT[/tcp|udp]")]
     publish: Vec<Publish>,
+    /// A folder of the host's in the container; with a name for HOST one that is kept for it; again for more
+    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]")]
+    volume: Vec<Volume>,
     /// Its address on a tap, as 172.30.0.2/24
     #[arg(long, value_name = "ADDRESS/BITS", requires = "network")]
     ip: Option<Address>,
@@ -163,7 +167,7 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
         stop_signal: machine.stop_signal,
         rm: args.rm,
         ports: args.publish.iter().map(ToString::to_string).collect(),
-        volumes: Vec::new(),
+        volumes: args.volume.iter().map(ToString::to_string).collect(),
     };
     let claim = Containers::of_user()?.add(&record)?;
     let ready = match args.detach.then(detach).transpose()? {
@@ -273,12 +277,9 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
         },
         read_only: args.read_only,
         kernel: args.kernel.clone(),
-        network: NetworkWishes {
-            network: args.network.clone(),
-            address: args.ip,
-            gateway: args.gateway,
-        },
+        network: NetworkWishes { network: args.network.clone(), address: args.ip, gateway: args.gateway },
         publish: args.publish.clone(),
+        volumes: args.volume.clone(),
         pull: args.pull,
         serial: args.serial.clone(),
     })

@@ -8,6 +8,7 @@ mod disk;
 mod memory;
 mod name;
 mod net;
+mod share;
 mod size;
 mod vsock;
 
@@ -23,9 +24,10 @@ pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
 pub use net::{
-    Mac, NetBackend, NetConfig, PRIVATE, ParseMacError, ParseNetError, ParsePublishError, PrivateNetwork, Protocol,
-    Publish, Vhost,
+    Mac, NetBackend, NetConfig, PRIVATE, ParseMacError, ParseNetError, ParsePublishError, PrivateNetwork,
+    Protocol, Publish, Vhost,
 };
+pub use share::{MAX_TAG, ParseShareError, ShareConfig};
 pub use size::{ParseSizeError, Size};
 pub use vsock::{MAX_SOCKET_PATH, ParseVsockError, VsockConfig};
 
@@ -86,6 +88,9 @@ pub struct VmConfig {
     /// The host's ports that lead to the guest, through its first card in user mode.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<Publish>,
+    /// Folders of the host's that the guest may mount.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
     /// How the guest finds its virtio devices.
     #[serde(default)]
     pub discovery: Discovery,
@@ -296,6 +301,37 @@ pub enum ConfigError {
         /// The limit.
         option: &'static str,
     },
+    /// A tag that does not fit the device's configuration or a path.
+    #[error(
+        "--share {path} tag={tag:?}: a tag has 1 to {max} letters, digits, dots, dashes and underscores",
+        max = share::MAX_TAG
+    )]
+    ShareTag {
+        /// The folder.
+        path: PathBuf,
+        /// The tag.
+        tag: String,
+    },
+    /// Two shares of one tag.
+    #[error("--share {path}: another share has the tag {tag}: give it one of its own (tag=TAG)")]
+    ShareTwice {
+        /// The second folder.
+        path: PathBuf,
+        /// The tag.
+        tag: String,
+    },
+    /// No owner has this id.
+    #[error("--share {path}: uid and gid are numbers from 0 to 4294967294")]
+    ShareId {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Each has threads of its own.
+    #[error(
+        "--share: {0} shares, and a VM has at most {max}: share a folder above some of them",
+        max = share::MAX_SHARES
+    )]
+    TooManyShares(usize),
     /// A root file system on no disk.
     #[error("--root: the VM has no disk: give one with --disk PATH, or leave the flag out")]
     RootWithoutDisk,
@@ -363,6 +399,7 @@ impl VmConfig {
             vsock: None,
             nets: Vec::new(),
             publish: Vec::new(),
+            shares: Vec::new(),
             discovery: Discovery::default(),
             pit: false,
             allow_software_kvm: false,
@@ -407,6 +444,7 @@ impl VmConfig {
         self.validate_consoles()?;
         disk::validate(&self.disks, self.root)?;
         self.validate_nets()?;
+        share::validate(&self.shares)?;
         self.memory.validate()?;
         if let Some(balloon) = self.balloon.as_ref().filter(|b| b.size >= self.memory.size) {
             return Err(ConfigError::BalloonTooLarge(balloon.size, self.memory.size));
@@ -511,6 +549,7 @@ mod tests {
         c.sandbox = Sandbox::Strict;
         c.disks = vec![DiskConfig::new("root.img".into())];
         c.root = true;
+        c.shares = vec![ShareConfig::new("/srv".into(), "srv".into())];
         let text = serde_json::to_string(&c).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), c);
     }

@@ -39,11 +39,8 @@ pub struct NetConfig {
 }
 
 /// The addresses of a private network in user mode, those of QEMU's: no DHCP is needed to know them.
-pub const PRIVATE: PrivateNetwork = PrivateNetwork {
-    guest: Ipv4Addr::new(10, 0, 2, 15),
-    router: Ipv4Addr::new(10, 0, 2, 2),
-    prefix: 24,
-};
+pub const PRIVATE: PrivateNetwork =
+    PrivateNetwork { guest: Ipv4Addr::new(10, 0, 2, 15), router: Ipv4Addr::new(10, 0, 2, 2), prefix: 24 };
 
 /// Addresses that are the same in every guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use crate::kernels::{Kernel, KernelStore};
 
 use super::agent::SOCKET;
 use super::network::connect;
-use super::{Changes, ContainerError, NetworkWishes, parse_signal, plan};
+use super::{Changes, ContainerError, NetworkWishes, Volume, parse_signal, plan};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
 const STATUS_PORT: u16 = 0xf4;
@@ -45,6 +45,8 @@ pub struct Wanted {
     pub network: NetworkWishes,
     /// The host's ports that lead to it.
     pub publish: Vec<Publish>,
+    /// Folders of the host's in it.
+    pub volumes: Vec<Volume>,
     /// Whether the image may be, or must be, got from its registry.
     pub pull: PullPolicy,
     /// Where the guest's serial port goes.
@@ -80,12 +82,15 @@ impl Machine {
         let layers = store.layers(&image);
         let ids: Vec<_> = (0..layers.len()).map(|n| format!("layer{n}")).collect();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
+        let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| volume.place(number));
+        let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let spec = GuestSpec {
             layers: ids.clone(),
             storage: None,
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
             network,
+            mounts,
             agent: true,
             process: plan(&run, &wanted.changes, &wanted.hostname)?,
         };
@@ -100,6 +105,7 @@ impl Machine {
         config.serial = Some(wanted.serial.clone().unwrap_or(HostEnd::Null));
         config.vsock = Some(VsockConfig { cid: CID, socket: base_path().join(&wanted.name).join(SOCKET) });
         config.nets = card.into_iter().collect();
+        config.shares = shares;
         config.publish = wanted.publish.clone();
         config.name = Some(wanted.name.clone());
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };

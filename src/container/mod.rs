@@ -10,6 +10,7 @@ mod relay;
 mod signal;
 mod store;
 mod streams;
+mod volume;
 
 use std::io;
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ pub use store::{
     Claim, Container, Containers, Ended, Leavings, Record, State, new_id, record_end, set_process,
 };
 pub use streams::{StreamOptions, Streams};
+pub use volume::{ParseVolumeError, Volume};
 
 /// A container cannot be made.
 #[derive(Debug, Error)]
@@ -57,6 +59,15 @@ pub enum ContainerError {
     /// Files and folders of containers.
     #[error("{path}")]
     Store {
+        /// Which.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A volume's folder.
+    #[error("--volume {path}: give a folder that is there")]
+    Volume {
         /// Which.
         path: PathBuf,
         /// The reason.

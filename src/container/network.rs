@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn a_guest_is_told_what_its_network_has() {
-        let wishes = |network: &str| NetworkWishes { network: network.parse().ok(), ..NetworkWishes::default() };
+        let wishes =
+            |network: &str| NetworkWishes { network: network.parse().ok(), ..NetworkWishes::default() };
         assert_eq!(connect(&wishes("none"), false), (None, None));
         let (card, spec) = connect(&wishes("user"), false);
         assert!(card.is_some() && spec.is_some_and(|s| s.address == PRIVATE.guest));

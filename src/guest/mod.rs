@@ -31,8 +31,24 @@ pub struct GuestSpec {
     /// console.
     #[serde(default)]
     pub agent: bool,
+    /// Folders of the host's, mounted over the root file system.
+    #[serde(default)]
+    pub mounts: Vec<MountSpec>,
     /// The program.
     pub process: ProcessSpec,
+}
+
+/// A folder that the host shares.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountSpec {
+    /// The device's tag.
+    pub tag: String,
+    /// Where it is mounted: an absolute path, whose folders are made where they are not there.
+    pub path: String,
+    /// Nothing can be written to it. The host enforces it on its own.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// The first network card's configuration.
@@ -161,5 +177,8 @@ mod tests {
         assert_eq!((spec.process.cwd.as_str(), spec.process.user.as_str(), spec.read_only), ("/", "", false));
         assert_eq!(serde_json::from_str::<GuestSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
         assert!(serde_json::from_str::<GuestSpec>(&text.replace("hostname", "host")).is_err());
+        let mounts = r#""mounts": [{"tag": "src", "path": "/src"}], "hostname"#;
+        let spec: GuestSpec = serde_json::from_str(&text.replace("\"hostname", mounts)).unwrap();
+        assert_eq!(spec.mounts, [MountSpec { tag: "src".into(), path: "/src".into(), read_only: false }]);
     }
 }

@@ -15,7 +15,7 @@ use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::rootfs::{self, Overlay};
 use super::users::{self, User};
-use super::{Failed, failed, network};
+use super::{Failed, failed, network, shares};
 
 static WANTS_AGENT: AtomicBool = AtomicBool::new(false);
 
@@ -54,6 +54,8 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
             eprintln!("microvm-init: {}: {e}", file.path());
         }
     }
+    // Behind the files, none of which is written into a folder of the host's.
+    shares::mount_all(&spec.mounts)?;
     if let Err(e) = network::set_up(spec.network.as_ref()) {
         eprintln!("microvm-init: the network cannot be set up: {e}");
     }

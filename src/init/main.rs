@@ -15,6 +15,7 @@ mod port;
 mod programs;
 mod rootfs;
 mod session;
+mod shares;
 mod users;
 mod vsock;
 

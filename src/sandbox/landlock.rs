@@ -1,9 +1,12 @@
 //! Landlock: no path, no TCP port, no process outside, whatever the system calls are.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, Scope,
 };
 
 use super::{Lack, SandboxError, layer};
@@ -36,6 +39,26 @@ pub enum Folder {
     Folders(PathBuf),
     /// Connections to sockets in it and in the folders below it; before version 9, to sockets anywhere.
     Sockets(PathBuf),
+    /// Files and folders, in it and in the folders below it, can be read; and where it is not `readonly` be made, changed
+    /// and removed. Nothing in it is a program to run, and no device, socket or pipe can be made.
+    Shared {
+        /// The folder.
+        folder: Arc<OwnedFd>,
+        /// Reading alone.
+        readonly: bool,
+    },
+}
+
+/// What a share that can be written needs beside reading.
+fn writing() -> BitFlags<AccessFs> {
+    AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::MakeDir
+        | AccessFs::MakeSym
+        | AccessFs::RemoveFile
+        | AccessFs::RemoveDir
+        | AccessFs::Refer
 }
 
 /// Takes every right away from this thread and those that it starts, but for `folders`.
@@ -52,6 +75,12 @@ pub(super) fn restrict(folders: &[Folder]) -> Result<(), SandboxError> {
             Folder::Files(path) => (path, AccessFs::RemoveFile),
             Folder::Folders(path) => (path, AccessFs::RemoveDir),
             Folder::Sockets(path) => (path, AccessFs::ResolveUnix),
+            Folder::Shared { folder, readonly } => {
+                let reading = AccessFs::ReadFile | AccessFs::ReadDir;
+                let rights = if *readonly { reading } else { reading | writing() };
+                rules = rules.add_rule(PathBeneath::new(folder, rights)).map_err(&failed)?;
+                continue;
+            }
         };
         let folder = PathFd::new(path).map_err(layer("open a folder for Landlock"))?;
         rules = rules.add_rule(PathBeneath::new(folder, right)).map_err(&failed)?;

@@ -184,6 +184,14 @@ impl Confined {
         Self { filters: false }
     }
 
+    /// Threads are confined to their system calls, in a process that is not: tests of devices whose threads do more than
+    /// move data.
+    #[cfg(test)]
+    #[must_use]
+    pub const fn threads_alone() -> Self {
+        Self { filters: true }
+    }
+
     /// Confines the calling thread to the system calls of `kind`, for good. Threads that it starts later are confined
     /// to the same and can only be confined further.
     ///

@@ -24,6 +24,10 @@ pub enum ThreadKind {
     Vsock,
     /// Starts and stops the kernel's own worker for a network card.
     Vhost,
+    /// Does the requests to a shared folder.
+    Share,
+    /// The same where nothing may be changed.
+    ReadOnlyShare,
     /// Removes files of the VM's at its end: the socket device's, or what was kept of a container.
     Cleaner,
     /// Serves the control socket.
@@ -34,7 +38,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// Every kind.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Vmm,
         Self::VmmWithVsock,
         Self::Vcpu,
@@ -42,6 +46,8 @@ impl ThreadKind {
         Self::Worker,
         Self::Vsock,
         Self::Vhost,
+        Self::Share,
+        Self::ReadOnlyShare,
         Self::Cleaner,
         Self::Control,
         Self::Streams,
@@ -57,6 +63,8 @@ impl ThreadKind {
             Self::Worker => &[COMMON, WORKERS, WORKER],
             Self::Vsock => &[COMMON, VSOCK_WORKER, VSOCK],
             Self::Vhost => &[COMMON, VHOST],
+            Self::Share => &[COMMON, SHARES, SHARE],
+            Self::ReadOnlyShare => &[COMMON, SHARES, READ_ONLY_SHARE],
             Self::Cleaner => &[COMMON, CLEANER],
             Self::Control => &[COMMON, CONTROL],
             Self::Streams => &[COMMON, STREAMS],
@@ -325,6 +333,66 @@ const VHOST: &[Rule] = &[
          uses; a panic gives the terminal back",
     ),
     PRCTL_GET_NAME,
+];
+
+/// What the threads of any share need. Where a path leads is Landlock's to say: to the shared folders, for what is done
+/// with a file; looking at one, which `O_PATH` and `statx` are, it does not restrict.
+const SHARES: &[Rule] = &[
+    allow(libc::SYS_statx, "what describes a file"),
+    allow(libc::SYS_readlinkat, "what a symbolic link says; nobody follows it"),
+    allow(libc::SYS_fstatfs, "how much room there is"),
+    allow(libc::SYS_getdents64, "what a folder holds"),
+    allow(libc::SYS_lseek, "where to go on in a folder"),
+    allow(libc::SYS_preadv2, "a file into guest memory"),
+    allow_if(
+        libc::SYS_ioctl,
+        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+        "a panic gives the terminal back",
+    ),
+    PRCTL_GET_NAME,
+];
+
+/// What opens a file for more than reading.
+const CHANGING: (&str, u32) = (
+    "O_WRONLY, O_RDWR, O_CREAT and O_TRUNC",
+    (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u32,
+);
+
+/// Whatever its guest asks for and whatever it finds in this thread, nothing can be changed by these.
+const READ_ONLY_SHARE: &[Rule] = &[allow_if(
+    libc::SYS_openat,
+    &[Check::Without(2, "flags", CHANGING)],
+    "a file or a folder of the share; never for writing",
+)];
+
+const SET_USER_ID: (&str, u32) = ("S_ISUID", libc::S_ISUID);
+
+/// What the threads of a share that can be written need besides. No call that gives a file to somebody else, and none for
+/// extended attributes, devices, sockets and pipes.
+const SHARE: &[Rule] = &[
+    allow_if(libc::SYS_openat, &[Check::Without(3, "mode", SET_USER_ID)], "a file or a folder of the share"),
+    allow(libc::SYS_pwritev2, "guest memory to a file"),
+    allow(libc::SYS_ftruncate, "a file's length"),
+    allow(libc::SYS_fallocate, "room for a file, and holes"),
+    allow(libc::SYS_fsync, "a guest's fsync"),
+    allow(libc::SYS_fdatasync, "a guest's fdatasync"),
+    allow_if(libc::SYS_mkdirat, &[Check::Without(2, "mode", SET_USER_ID)], "a folder"),
+    allow(libc::SYS_symlinkat, "a symbolic link"),
+    allow(libc::SYS_linkat, "another name of a file"),
+    allow(libc::SYS_renameat2, "another name instead"),
+    allow(libc::SYS_unlinkat, "no name any more"),
+    allow_if(
+        libc::SYS_fchmod,
+        &[Check::Without(1, "mode", SET_USER_ID)],
+        "permissions, of what is open: opening it is Landlock's to allow",
+    ),
+    allow(libc::SYS_utimensat, "times of a file"),
+    allow_if(
+        libc::SYS_unshare,
+        &[Check::Is(0, "flags", &[("CLONE_FS", libc::CLONE_FS as u32)])],
+        "a umask of its own",
+    ),
+    allow(libc::SYS_umask, "that, which lets the guest's permissions be"),
 ];
 
 /// This thread does nothing while the guest runs, so that no thread that the guest gives work can remove a file.

@@ -11,6 +11,8 @@ static CONSOLE: Program = Program::new(ThreadKind::Console.tables());
 static WORKER: Program = Program::new(ThreadKind::Worker.tables());
 static VSOCK: Program = Program::new(ThreadKind::Vsock.tables());
 static VHOST: Program = Program::new(ThreadKind::Vhost.tables());
+static SHARE: Program = Program::new(ThreadKind::Share.tables());
+static READ_ONLY_SHARE: Program = Program::new(ThreadKind::ReadOnlyShare.tables());
 static CLEANER: Program = Program::new(ThreadKind::Cleaner.tables());
 static CONTROL: Program = Program::new(ThreadKind::Control.tables());
 static STREAMS: Program = Program::new(ThreadKind::Streams.tables());
@@ -24,6 +26,8 @@ fn program(kind: ThreadKind) -> &'static Program {
         ThreadKind::Worker => &WORKER,
         ThreadKind::Vsock => &VSOCK,
         ThreadKind::Vhost => &VHOST,
+        ThreadKind::Share => &SHARE,
+        ThreadKind::ReadOnlyShare => &READ_ONLY_SHARE,
         ThreadKind::Cleaner => &CLEANER,
         ThreadKind::Control => &CONTROL,
         ThreadKind::Streams => &STREAMS,
@@ -250,6 +254,9 @@ mod tests {
             ("Worker of the socket device", ThreadKind::Vsock.tables()[1]),
             ("Worker of the socket device, and the VMM thread where there is one", VSOCK_RULES),
             ("Thread of a network card with vhost", ThreadKind::Vhost.tables()[1]),
+            ("Threads of a share", ThreadKind::Share.tables()[1]),
+            ("Threads of a share that can be written", ThreadKind::Share.tables()[2]),
+            ("Threads of a share that is read-only", ThreadKind::ReadOnlyShare.tables()[2]),
             ("Cleaners", ThreadKind::Cleaner.tables()[1]),
             ("vCPU threads", ThreadKind::Vcpu.tables()[1]),
             ("Console thread", ThreadKind::Console.tables()[1]),

@@ -18,6 +18,7 @@ pub mod socket_file;
 pub mod syscalls;
 pub mod tap;
 pub mod terminal;
+pub mod umask;
 pub mod uring;
 pub mod vhost;
 pub mod violation;

@@ -17,6 +17,7 @@ use crate::devices::virtio::net::{
     VhostParts,
 };
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::share::{Limits, Share, ShareError};
 use crate::devices::virtio::vsock::{HostSocket, HostSocketError, Vsock};
 use crate::devices::virtio::{
     Interrupt, MmioTransport, NOTIFY_OFFSET, Transport, TransportParts, VirtioDevice, VmmThread,
@@ -45,6 +46,9 @@ pub enum DeviceError {
     /// The socket of `--vsock`.
     #[error(transparent)]
     Vsock(#[from] HostSocketError),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// A network card has no descriptor for its timers.
     #[error("--net: no descriptor is left: raise the limit (ulimit -n)")]
     Net(#[source] io::Error),
@@ -129,6 +133,15 @@ impl Devices {
             controls.add(vsock.control())?;
             host_socket = Some(vsock.host());
             devices.push(Box::new(vsock));
+        }
+        if !config.shares.is_empty() {
+            let limits = Limits::of(config.shares.len());
+            for (place, share) in config.shares.iter().enumerate() {
+                let (share, server) = Share::open(share, place, limits, metrics)?;
+                services.push(Box::new(server));
+                controls.add(share.control())?;
+                devices.push(Box::new(share));
+            }
         }
         if devices.len() > MAX_VIRTIO_DEVICES {
             return Err(DeviceError::TooMany(devices.len()));

@@ -10,6 +10,7 @@ mod metrics;
 mod request;
 mod run;
 mod service;
+mod share;
 mod socket_file;
 mod state;
 

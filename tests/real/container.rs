@@ -14,13 +14,13 @@ use super::{initrd, kernel, status};
 const KERNELS: [(&str, &str); 2] = [("stock-6.1", "bzImage"), ("tuned", "vmlinux")];
 
 /// Two layers: a system with users, and one over it that changes and hides some of it.
-struct Image {
+pub struct Image {
     host: Host,
     layers: Vec<PathBuf>,
 }
 
 impl Image {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let host = Host::new();
         let lower = host.dir.path().join("lower");
         let upper = host.dir.path().join("upper");
@@ -46,8 +46,18 @@ impl Image {
         Self { host, layers }
     }
 
-    /// Runs `script` in a shell of the container.
-    fn run(&self, (name, file): (&str, &str), change: impl FnOnce(&mut GuestSpec)) -> Output {
+    /// Runs a container as `change` has it.
+    fn run(&self, kernel: (&str, &str), change: impl FnOnce(&mut GuestSpec)) -> Output {
+        self.run_with(kernel, &[], change)
+    }
+
+    /// The same with shared folders of the host's.
+    pub fn run_with(
+        &self,
+        (name, file): (&str, &str),
+        shares: &[String],
+        change: impl FnOnce(&mut GuestSpec),
+    ) -> Output {
         let ids: Vec<_> = (0..self.layers.len()).map(|n| format!("layer{n}")).collect();
         let process = ProcessSpec {
             args: Vec::new(),
@@ -65,6 +75,7 @@ impl Image {
             hostname: "box".into(),
             network: None,
             agent: false,
+            mounts: Vec::new(),
             process,
         };
         change(&mut spec);
@@ -76,6 +87,7 @@ impl Image {
         for (id, layer) in ids.iter().zip(&self.layers) {
             command.arg("--disk").arg(format!("{},readonly,id={id}", layer.display()));
         }
+        command.args(shares.iter().flat_map(|share| ["--share", share]));
         command.args(["--append", "microvm.exit_code_port=0xf4"]).output().unwrap()
     }
 

@@ -299,14 +299,17 @@ fn run_has_a_network() {
         assert!(stderr(&output).contains("no default route"), "{}", stderr(&output));
 
         add_route_and_names(&host);
-        let script = "busybox ip -4 addr show eth0; busybox ip route; busybox cat /etc/resolv.conf /etc/hosts";
+        let script =
+            "busybox ip -4 addr show eth0; busybox ip route; busybox cat /etc/resolv.conf /etc/hosts";
         let output = sh(&host, "run --rm --timeout 120s --hostname me box", script).output().unwrap();
         status(&output, 0);
         let text = stdout(&output);
-        for words in ["10.0.2.15/24", "default via 10.0.2.2", &format!("nameserver {NAMES}"), "10.0.2.15\tme"] {
+        for words in ["10.0.2.15/24", "default via 10.0.2.2", &format!("nameserver {NAMES}"), "10.0.2.15\tme"]
+        {
             assert!(text.contains(words), "{words}: {text}");
         }
-        let output = sh(&host, "run --rm --timeout 120s --network none box", "busybox ip addr").output().unwrap();
+        let output =
+            sh(&host, "run --rm --timeout 120s --network none box", "busybox ip addr").output().unwrap();
         assert!(!stdout(&output).contains("eth0") && stderr(&output).is_empty(), "{output:?}");
 
         // Out of it, and into it.
@@ -318,7 +321,8 @@ fn run_has_a_network() {
         });
         let script = "busybox httpd -p 80 -h /opt && busybox wget -qO- http://$OUTSIDE:8000/ && exec busybox sleep 1000";
         let mut command = microvm(&host, "run -d --name web -p 127.0.0.1:8080:80");
-        let started = command.arg("-e").arg(format!("OUTSIDE={NAMES}")).args(["box", "sh", "-c", script]).output();
+        let started =
+            command.arg("-e").arg(format!("OUTSIDE={NAMES}")).args(["box", "sh", "-c", script]).output();
         status(&started.unwrap(), 0);
         answering.join().unwrap();
         let mut follow = microvm(&host, "logs -f web").stdout(Stdio::piped()).spawn().unwrap();

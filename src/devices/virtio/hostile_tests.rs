@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::testing::{Driver, Rig};
-use super::{balloon, block, console, net, rng, vsock};
+use super::{balloon, block, console, net, rng, share, vsock};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -81,6 +81,7 @@ fn kinds() -> Vec<Rig> {
         vsock::tests::rig(),
         balloon::tests::rig(),
         console::tests::rig(),
+        share::tests::rig_of_any_kind(),
     ];
     disks.chain(others).collect()
 }
@@ -155,6 +156,11 @@ fn balloon_survives() {
 #[test]
 fn console_survives() {
     survives(console::tests::rig());
+}
+
+#[test]
+fn share_survives() {
+    survives(share::tests::rig_of_any_kind());
 }
 
 /// One head twice: refused where the first is still under way, and two requests where it is not. Either way the device
@@ -296,7 +302,7 @@ fn the_page_names_tests_that_exist() {
     let rows: Vec<_> = page.lines().filter_map(row).collect();
     let mut numbers: Vec<_> = rows.iter().map(|(number, _)| *number).collect();
     numbers.sort_unstable();
-    assert!(numbers.iter().copied().eq(0..=49), "items: {numbers:?}");
+    assert!(numbers.iter().copied().eq((0..=49).chain([68])), "items: {numbers:?}");
     for (number, names) in &rows {
         let missing: Vec<_> = names.iter().filter(|name| !exists(name)).collect();
         assert!(missing.is_empty(), "docs/conformance.md, item {number}: no tests {missing:?}");

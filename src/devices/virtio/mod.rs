@@ -19,6 +19,7 @@ mod queue;
 #[cfg(test)]
 mod queue_tests;
 pub mod rng;
+pub mod share;
 #[cfg(test)]
 pub mod testing;
 mod transport;
@@ -64,6 +65,8 @@ pub enum DeviceKind {
     Balloon = 5,
     /// Socket device.
     Vsock = 19,
+    /// File system.
+    FileSystem = 26,
 }
 
 /// What a device gets when its driver is ready.

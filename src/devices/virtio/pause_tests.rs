@@ -17,7 +17,7 @@ use super::block::Block;
 use super::console::{Console, ConsoleCounters};
 use super::rng::Rng;
 use super::testing::{Driver, Rig};
-use super::{VirtioDevice, WorkerControl, net, vsock};
+use super::{VirtioDevice, WorkerControl, net, share, vsock};
 
 /// Long enough for a device that works to do something, far more than once.
 const WHILE: Duration = Duration::from_millis(50);
@@ -200,4 +200,9 @@ fn net() {
 #[test]
 fn vsock() {
     check_rig(vsock::tests::rig());
+}
+
+#[test]
+fn share() {
+    check_rig(share::tests::rig_of_any_kind());
 }

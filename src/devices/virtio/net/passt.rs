@@ -128,7 +128,11 @@ fn run(socket: &UnixStream, publish: &[Publish], net: &NetConfig) -> Result<(), 
     command.args(publish.iter().flat_map(forward));
     if net.private {
         let PrivateNetwork { guest, router, prefix } = PRIVATE;
-        let flags = [("--address", guest.to_string()), ("--netmask", prefix.to_string()), ("--gateway", router.to_string())];
+        let flags = [
+            ("--address", guest.to_string()),
+            ("--netmask", prefix.to_string()),
+            ("--gateway", router.to_string()),
+        ];
         command.args(flags.iter().flat_map(|(flag, value)| [*flag, value]));
     }
     if !net.host_loopback {
@@ -173,7 +177,8 @@ pub fn guest_name_servers() -> Vec<Ipv4Addr> {
 /// The host's that are not on its loopback address; systemd-resolved, which puts itself there, says whom it asks.
 fn host_name_servers() -> Vec<Ipv4Addr> {
     let read = |path| name_servers(&std::fs::read_to_string(path).unwrap_or_default());
-    let outside = |servers: Vec<Ipv4Addr>| servers.into_iter().filter(|s| !s.is_loopback()).collect::<Vec<_>>();
+    let outside =
+        |servers: Vec<Ipv4Addr>| servers.into_iter().filter(|s| !s.is_loopback()).collect::<Vec<_>>();
     let own = outside(read("/etc/resolv.conf"));
     if own.is_empty() { outside(read("/run/systemd/resolve/resolv.conf")) } else { own }
 }
