@@ -248,6 +248,8 @@ fn run_here(
 fn status_of(end: &End) -> u8 {
     match end {
         End::Stop => KILLED,
+        // Not the program's end.
+        End::Panic | End::Fault(_) => OWN_FAILURE,
         other => other.exit_status(),
     }
 }

@@ -21,6 +21,8 @@ fn tuned() -> Host {
 
 /// `microvm WORDS`, whose words stand between blanks.
 fn microvm(host: &Host, words: &str) -> Command {
+    // Shown where the test fails.
+    eprintln!("microvm {words}");
     host.microvm(words.split_whitespace())
 }
 
