@@ -30,6 +30,7 @@ use crate::vmm::{Service, clean_up_at_end};
 
 use super::ContainerError;
 use super::log::{self, LogWriter};
+use super::storage;
 
 const RECORD: &str = "record.json";
 const LOCK: &str = "lock";
@@ -380,7 +381,7 @@ impl Leavings {
     /// Removes it.
     pub fn remove(&self) {
         // Its record first: without that it is no container any more.
-        for name in [RECORD, END, LOCK].iter().chain(&log::FILES) {
+        for name in [RECORD, END, LOCK, storage::FILE].iter().chain(&log::FILES) {
             let _ = unlinkat(&self.folder, *name, AtFlags::empty());
         }
         let _ = unlinkat(&self.all, &self.id, AtFlags::REMOVEDIR);
