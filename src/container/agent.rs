@@ -81,7 +81,10 @@ impl Agent {
         loop {
             match read_frame(&mut self.stream, &mut bytes) {
                 Ok(Some(Kind::Output)) if bytes.is_empty() => return self.answered(),
-                Ok(Some(Kind::Output)) => to.write_all(&bytes).map_err(|e| self.failed(e))?,
+                Ok(Some(Kind::Output)) => {
+                    let unwritten = |e| io::Error::other(format!("what it sends cannot be written: {e}"));
+                    to.write_all(&bytes).map_err(|e| self.failed(unwritten(e)))?;
+                }
                 Ok(Some(Kind::Failed)) => return Err(self.refused(&bytes)),
                 Ok(_) => return Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
                 Err(e) => return Err(self.failed(e)),
