@@ -174,7 +174,11 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     };
     let claim = Containers::of_user()?.add(&record)?;
     let ready = match args.detach.then(detach).transpose()? {
-        Some(Detached::Parent(waiting)) => return announce(waiting, &id),
+        Some(Detached::Parent(waiting)) => {
+            // The other process has them: here they would keep an ended container from being seen as one.
+            drop((machine, claim));
+            return announce(waiting, &id);
+        }
         Some(Detached::Child(ready)) => Some(ready),
         None => None,
     };
