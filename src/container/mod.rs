@@ -22,7 +22,7 @@ use crate::config::Size;
 use crate::image::ImageError;
 use crate::kernels::KernelError;
 
-pub use agent::{Agent, exec, forget_vm};
+pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
 pub use network::{Address, Network, NetworkWishes, ParseAddressError};
