@@ -33,8 +33,9 @@ use container::{cp, exec, inspect, logs, rm, stats, stop, wait};
 #[derive(Parser)]
 #[command(name = "microvm", version, about, max_term_width = 110, after_help = EXAMPLES)]
 struct Cli {
-    /// Log more: -v for information, -vv for details, -vvv for all (RUST_LOG=... does the same)
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    /// Log more: once for information, twice for details, three times for all (RUST_LOG=... does the same)
+    // Without a short form: -v is a volume to those who know Docker.
+    #[arg(long, action = clap::ArgAction::Count, global = true)]
     verbose: u8,
     #[command(subcommand)]
     command: Command,

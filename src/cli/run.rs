@@ -1,5 +1,7 @@
 //! `microvm run`: a container image in a virtual machine of its own.
 
+mod host;
+
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::net::Ipv4Addr;
@@ -106,6 +108,12 @@ pub struct RunArgs {
     /// Guest memory
     #[arg(short, long, value_name = "SIZE")]
     memory: Option<MemoryConfig>,
+    /// What is between the program and the host
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    isolation: host::Isolation,
+    /// Where the container's control group is made, from the root of the hierarchy
+    #[arg(long, value_name = "PATH", hide_short_help = true)]
+    cgroup_parent: Option<String>,
     /// A kernel by its name in microvm kernel ls [default: the one of microvm kernel default]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
@@ -155,6 +163,9 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     let name = args.name.clone().unwrap_or_else(|| id.clone());
     if !is_name(&name) {
         return Err(ContainerError::Name(name).into());
+    }
+    if let Some(isolation) = args.isolation.on_host() {
+        return host::run(&args, &name, isolation, clock);
     }
     let machine = Machine::of(&wanted(&args, &name)?)?;
     let record = Record {
