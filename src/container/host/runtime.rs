@@ -92,10 +92,41 @@ fn status_of(message: &str) -> u8 {
         NOT_STARTED
     } else if message.contains("no such file") || message.contains("not found") {
         NOT_FOUND
-    } else if ["permission denied", "exec format error", "is a directory"].iter().any(|w| message.contains(w))
+    } else if ["permission denied", "not permitted", "exec format error", "is a directory"]
+        .iter()
+        .any(|w| message.contains(w))
     {
         NOT_ALLOWED
     } else {
         NOT_STARTED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runtimes_words_become_dockers_statuses() {
+        for (message, expected) in [
+            ("executable file `nothing` not found in $PATH: No such file or directory", 127),
+            ("open executable: Permission denied", 126),
+            ("open executable: Operation not permitted", 126),
+            ("exec `/x`: Exec format error", 126),
+            ("unable to start container process: exec: \"x\": executable file not found in $PATH", 127),
+            ("unable to start container process: exec: \"/etc/passwd\": permission denied", 126),
+            ("mount `proc` to `/proc`: Operation not permitted", 125),
+            ("open `/x`: No such file or directory", 125),
+        ] {
+            assert_eq!(status_of(message), expected, "{message}");
+        }
+    }
+
+    #[test]
+    fn warnings_are_no_failures() {
+        assert_eq!(error_of(r#"{"level":"warning","msg":"slow"}"#), None);
+        assert_eq!(error_of(r#"{"level":"error","msg":"no"}"#), Some("no".into()));
+        assert_eq!(error_of(r#"{"msg":"old crun"}"#), Some("old crun".into()));
+        assert_eq!(error_of("not JSON"), None);
     }
 }
