@@ -13,7 +13,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::config::{HostEnd, MemoryConfig, Publish, is_name};
 use crate::container::{
-    Address, Changes, Claim, ContainerError, Containers, Machine, Network, NetworkWishes, Record,
+    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Record,
     StreamOptions, Streams, Volume, Wanted, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
@@ -108,9 +108,10 @@ pub struct RunArgs {
     /// Guest memory
     #[arg(short, long, value_name = "SIZE")]
     memory: Option<MemoryConfig>,
-    /// What is between the program and the host
-    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
-    isolation: host::Isolation,
+    /// What is between the program and the host: vm, container (by crun or runc, on the host's kernel) or process (another
+    /// root folder alone); the latter two are to compare with, and need root
+    #[arg(long, value_name = "HOW", default_value_t)]
+    isolation: Isolation,
     /// Where the container's control group is made, from the root of the hierarchy
     #[arg(long, value_name = "PATH", hide_short_help = true)]
     cgroup_parent: Option<String>,
@@ -164,8 +165,8 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     if !is_name(&name) {
         return Err(ContainerError::Name(name).into());
     }
-    if let Some(isolation) = args.isolation.on_host() {
-        return host::run(&args, &name, isolation, clock);
+    if args.isolation != Isolation::Vm {
+        return host::run(&args, &name, clock);
     }
     let machine = Machine::of(&wanted(&args, &name)?)?;
     let record = Record {

@@ -22,7 +22,7 @@ use crate::image::ImageError;
 use crate::kernels::KernelError;
 
 pub use agent::{Agent, exec, forget_vm};
-pub use host::{Cgroup, HostError, HostIsolation, HostWishes, run_on_host};
+pub use host::{Cgroup, HostError, HostWishes, Isolation, ParseIsolationError, run_on_host};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
 pub use network::{Address, Network, NetworkWishes, ParseAddressError};

@@ -2,54 +2,15 @@
 
 use std::io;
 
-use clap::ValueEnum;
-
-use crate::container::{ContainerError, HostError, HostIsolation, HostWishes, Network, run_on_host};
+use crate::container::{ContainerError, HostError, HostWishes, Network, run_on_host};
 use crate::metrics::{Clock, Timeline, write_timeline};
 
 use super::super::{CliError, say};
 use super::{RunArgs, wanted};
 
-/// What is between the program and the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(in crate::cli) enum Isolation {
-    /// A virtual machine with its own kernel
-    #[default]
-    Vm,
-    /// An ordinary container on the host's kernel, by crun or runc
-    Container,
-    /// Another root folder alone: the floor to compare with
-    Process,
-}
-
-impl Isolation {
-    /// `None`: in a VM.
-    pub fn on_host(self) -> Option<HostIsolation> {
-        match self {
-            Self::Vm => None,
-            Self::Container => Some(HostIsolation::Container),
-            Self::Process => Some(HostIsolation::Process),
-        }
-    }
-
-    /// As the flag has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Vm => "vm",
-            Self::Container => "container",
-            Self::Process => "process",
-        }
-    }
-}
-
-pub(super) fn run(
-    args: &RunArgs,
-    name: &str,
-    isolation: HostIsolation,
-    clock: Clock,
-) -> Result<u8, CliError> {
+pub(super) fn run(args: &RunArgs, name: &str, clock: Clock) -> Result<u8, CliError> {
+    let isolation = args.isolation;
     if let Some(flag) = unknown(args) {
-        let isolation = args.isolation.name();
         return Err(CliError::Usage(format!(
             "{flag} is for --isolation vm: {isolation} has nothing like it"
         )));

@@ -6,6 +6,7 @@
 
 mod cgroup;
 mod chroot;
+mod isolation;
 mod keeper;
 mod oci;
 mod rootfs;
@@ -39,6 +40,7 @@ use rootfs::RootFs;
 use runtime::Runtime;
 
 pub use cgroup::Cgroup;
+pub use isolation::{Isolation, ParseIsolationError};
 
 /// As of `timeout`.
 const TIMED_OUT: u8 = 124;
@@ -96,20 +98,11 @@ fn at(path: &Path) -> impl Fn(io::Error) -> HostError + '_ {
     move |source| HostError::Path { path: path.into(), source }
 }
 
-/// How much is between the program and the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HostIsolation {
-    /// An ordinary container.
-    Container,
-    /// Another root folder.
-    Process,
-}
-
 /// What a container on the host is to be besides [`Wanted`].
 #[derive(Clone, Debug)]
 pub struct HostWishes {
-    /// How it is kept apart.
-    pub isolation: HostIsolation,
+    /// How it is kept apart: as an ordinary container, else in a plain chroot.
+    pub isolation: Isolation,
     /// Most memory, in bytes.
     pub memory: Option<u64>,
     /// Most processors.
@@ -145,7 +138,7 @@ struct Host {
 
 impl Host {
     fn new(wanted: &Wanted, wishes: &HostWishes) -> Result<Self, ContainerError> {
-        let is_container = wishes.isolation == HostIsolation::Container;
+        let is_container = wishes.isolation == Isolation::Container;
         if !geteuid().is_root() {
             return Err(HostError::NotRoot.into());
         }
@@ -242,7 +235,7 @@ fn make_cgroup(wanted: &Wanted, wishes: &HostWishes) -> Result<Option<Cgroup>, H
     let is_needed = has_limits || wishes.cgroup_parent.is_some();
     match Cgroup::is_there() {
         false if has_limits => Err(HostError::NoCgroups),
-        true if is_needed || wishes.isolation == HostIsolation::Container => {
+        true if is_needed || wishes.isolation == Isolation::Container => {
             let group = Cgroup::make(wishes.cgroup_parent.as_deref(), &wanted.name);
             group.map(Some).map_err(HostError::Cgroup)
         }
