@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
 
 use crate::compare::{Fingerprint, Measure, Plan, Report, measure, short, to_html};
 use crate::config::MemoryConfig;
@@ -70,15 +72,13 @@ pub struct CompareArgs {
 
 pub(super) fn run(args: CompareArgs) -> Result<u8, CliError> {
     let plan = plan(&args)?;
-    // Before anything is measured: it may not be writable.
-    let page =
-        args.html.as_ref().map(|path| fs::File::create(path).map_err(|e| failed(path, e))).transpose()?;
+    args.html.as_deref().map_or(Ok(()), can_write)?;
     let bar = bar((plan.runs + 1) * plan.isolations.len());
     let samples = measure(&plan, || bar.inc(1));
     bar.finish_and_clear();
     let report = Report::new(&plan, samples?, Fingerprint::of_host());
-    if let (Some(mut page), Some(path)) = (page, &args.html) {
-        page.write_all(to_html(&report).as_bytes()).map_err(|e| failed(path, e))?;
+    if let Some(path) = &args.html {
+        fs::write(path, to_html(&report)).map_err(|e| failed(path, e))?;
     }
     let mut out = io::stdout().lock();
     match args.format {
@@ -91,7 +91,17 @@ pub(super) fn run(args: CompareArgs) -> Result<u8, CliError> {
     Ok(0)
 }
 
-fn failed(path: &std::path::Path, source: io::Error) -> CliError {
+/// Asked before minutes of measuring. What is there stays until there is something to take its place.
+fn can_write(path: &Path) -> Result<(), CliError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.is_dir() {
+        return Err(failed(path, Errno::ISDIR.into()));
+    }
+    let target = if path.exists() { path } else { folder };
+    access(target, Access::WRITE_OK).map_err(|e| failed(path, e.into()))
+}
+
+fn failed(path: &Path, source: io::Error) -> CliError {
     CliError::Html { path: path.into(), source }
 }
 
