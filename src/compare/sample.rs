@@ -135,6 +135,8 @@ fn run(plan: &Plan, isolation: Isolation, group: Option<&Group>) -> io::Result<R
         command.arg("--cgroup-parent").arg(PathBuf::from(group.all.name()));
     }
     command.arg(&plan.image).args(&plan.command);
+    // What microvm warns of is not the program's.
+    command.env("RUST_LOG", "error");
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(errors.try_clone()?);
     let (from, to) = pipe_with(PipeFlags::CLOEXEC)?;
     let entrance = group.map(|group| group.front.entrance()).transpose()?;

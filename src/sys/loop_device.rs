@@ -18,10 +18,11 @@ struct Config {
     fd: u32,
     block_size: u32,
     /// Device, inode, offset and size limit, and so on: all zero here.
-    before_flags: [u64; 6],
+    before_key_size: [u64; 6],
+    key_size: u32,
     flags: u32,
     names_and_key: [u8; 64 + 64 + 32],
-    rest: [u32; 5],
+    init: [u64; 2],
     reserved: [u64; 8],
 }
 
@@ -54,10 +55,11 @@ fn configure(device: &File, file: &File) -> io::Result<()> {
     let config = Config {
         fd: file.as_raw_fd() as u32,
         block_size: 0,
-        before_flags: [0; 6],
+        before_key_size: [0; 6],
+        key_size: 0,
         flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
         names_and_key: [0; 160],
-        rest: [0; 5],
+        init: [0; 2],
         reserved: [0; 8],
     };
     // SAFETY: `config` is laid out as the kernel reads it, and lives until the call has returned.
@@ -65,4 +67,21 @@ fn configure(device: &File, file: &File) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_finds_the_flags() {
+        // What a C compiler makes of <linux/loop.h>, where struct loop_info64 begins at 8.
+        assert_eq!(offset_of!(Config, flags), 8 + 52);
+        assert_eq!(offset_of!(Config, names_and_key), 8 + 56);
+        assert_eq!(offset_of!(Config, init), 8 + 216);
+        assert_eq!(offset_of!(Config, reserved), 8 + 232);
+        assert_eq!(size_of::<Config>(), 304);
+    }
 }

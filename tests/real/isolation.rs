@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 
 use super::common::images::Tar;
-use super::common::{Host, stderr, stdout};
+use super::common::{Host, own_stderr, stderr, stdout};
 use super::container::host_with_image;
 use microvm::image::Digest;
 
@@ -75,7 +75,7 @@ fn isolations_show_the_same_container() {
         for (isolation, output) in [("container", container), ("process", process)] {
             assert_eq!(output.status.code(), Some(9), "{isolation}: {}", stderr(&output));
             assert_eq!(stdout(&output), stdout(&vm), "{isolation} {flags:?}");
-            assert_eq!(stderr(&output), stderr(&vm), "{isolation} {flags:?}");
+            assert_eq!(own_stderr(&output), own_stderr(&vm), "{isolation} {flags:?}");
         }
     }
 }
