@@ -1,8 +1,8 @@
-//! The log: standard error, warnings only unless `-v` or `RUST_LOG` asks for more.
+//! The log: standard error, warnings only unless `--verbose` or `RUST_LOG` asks for more.
 
 use log::LevelFilter;
 
-/// Starts the log. `verbosity` counts `-v`; `RUST_LOG` wins over it.
+/// Starts the log. `verbosity` counts `--verbose`; `RUST_LOG` wins over it.
 pub fn start(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::Warn,

@@ -384,7 +384,7 @@ const DISK: u32 = 0xe000_1000;
 fn a_driver_that_goes_wrong_after_each_reset_does_not_fill_the_log() {
     // The descriptor table is not aligned.
     let code = restart_for_ever(RNG, 0x30_0001);
-    let output = Host::new().boot_code(&code, &["-v", "--timeout", "1s"]);
+    let output = Host::new().boot_code(&code, &["--verbose", "--timeout", "1s"]);
     let lines = stderr(&output).lines().filter(|line| line.contains("is not aligned")).count();
     assert!((1..=10).contains(&lines), "{lines} lines");
 }

@@ -433,7 +433,7 @@ fn report(end: &End) {
             };
             say(&format!("{}{advice}", chain(fault)));
         }
-        End::Panic => say("the guest's kernel panicked; its console says why"),
+        End::Panic => say("the guest's kernel panicked; its console says why (--serial stdio)"),
         End::Timeout => say("--timeout passed; the VM was stopped"),
         End::PowerOff | End::Reset | End::Exit(_) | End::Signal(_) | End::Escape | End::Stop => {
             log::info!("the VM ended: {end:?}");

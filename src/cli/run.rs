@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
-use crate::config::{HostEnd, MemoryConfig, Publish, is_name};
+use crate::config::{HostEnd, MemoryConfig, Publish, Size, is_name};
 use crate::container::{
     Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Record,
-    StreamOptions, Streams, Volume, Wanted, new_id, record_end, set_process,
+    StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
 use crate::image::PullPolicy;
@@ -118,6 +118,9 @@ pub struct RunArgs {
     /// A kernel by its name in microvm kernel ls [default: the one of microvm kernel default]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    /// Put what it writes on a disk of this size instead of into its memory; the file takes what is written
+    #[arg(long, value_name = "SIZE", conflicts_with = "read_only")]
+    storage: Option<Size>,
     /// Nothing can be written to the root file system
     #[arg(long)]
     read_only: bool,
@@ -183,7 +186,11 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     };
     let claim = Containers::of_user()?.add(&record)?;
     let ready = match args.detach.then(detach).transpose()? {
-        Some(Detached::Parent(waiting)) => return announce(waiting, &id),
+        Some(Detached::Parent(waiting)) => {
+            // The other process has them: here they would keep an ended container from being seen as one.
+            drop((machine, claim));
+            return announce(waiting, &id);
+        }
         Some(Detached::Child(ready)) => Some(ready),
         None => None,
     };
@@ -216,6 +223,15 @@ fn run_here(
     config.allow_software_kvm = args.allow_software_kvm;
     let Claim { folder, lock, end, log, leavings } = claim;
     let unused = folder.clone();
+    if let Some(size) = args.storage {
+        match make_storage(&folder, size) {
+            Ok(disk) => config.disks.push(disk),
+            Err(e) => {
+                let _ = fs::remove_dir_all(unused);
+                return Err(e.into());
+            }
+        }
+    }
     let attached = ready.is_none();
     let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
     let rm = args.rm;
@@ -260,6 +276,8 @@ fn run_here(
 fn status_of(end: &End) -> u8 {
     match end {
         End::Stop => KILLED,
+        // Not the program's end.
+        End::Panic | End::Fault(_) => OWN_FAILURE,
         other => other.exit_status(),
     }
 }
@@ -287,6 +305,7 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
             input: args.interactive,
             size: size.map(|(columns, rows)| TerminalSize { columns, rows }),
         },
+        storage: args.storage.is_some(),
         read_only: args.read_only,
         kernel: args.kernel.clone(),
         network: NetworkWishes { network: args.network.clone(), address: args.ip, gateway: args.gateway },

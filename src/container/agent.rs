@@ -2,10 +2,11 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use crate::control::{Place, base_path};
+use crate::control::{Place, socket_path};
 use crate::guest::wire::{Kind, PORT, Request, read_frame, write_frame, write_json};
 use crate::guest::{ProcessSpec, TerminalSize};
 use crate::sys::signals::{Signal, Signals};
@@ -37,7 +38,7 @@ impl Agent {
         }
         match dial(&name) {
             Ok(stream) => Ok(Self { name, stream }),
-            Err(source) => Err(ContainerError::Agent { name, source }),
+            Err(source) => Err(unanswered(&name, source)),
         }
     }
 
@@ -81,7 +82,10 @@ impl Agent {
         loop {
             match read_frame(&mut self.stream, &mut bytes) {
                 Ok(Some(Kind::Output)) if bytes.is_empty() => return self.answered(),
-                Ok(Some(Kind::Output)) => to.write_all(&bytes).map_err(|e| self.failed(e))?,
+                Ok(Some(Kind::Output)) => {
+                    let unwritten = |e| io::Error::other(format!("what it sends cannot be written: {e}"));
+                    to.write_all(&bytes).map_err(|e| self.failed(unwritten(e)))?;
+                }
                 Ok(Some(Kind::Failed)) => return Err(self.refused(&bytes)),
                 Ok(_) => return Err(self.failed(io::ErrorKind::UnexpectedEof.into())),
                 Err(e) => return Err(self.failed(e)),
@@ -108,7 +112,7 @@ impl Agent {
     }
 
     fn failed(&self, source: io::Error) -> ContainerError {
-        ContainerError::Agent { name: self.name.clone(), source }
+        unanswered(&self.name, source)
     }
 
     fn refused(&self, bytes: &[u8]) -> ContainerError {
@@ -117,9 +121,22 @@ impl Agent {
     }
 }
 
+fn unanswered(name: &str, source: io::Error) -> ContainerError {
+    // How a socket says that its time is over (SO_RCVTIMEO in socket(7)).
+    let source = match source.kind() {
+        io::ErrorKind::WouldBlock => {
+            io::Error::other(format!("it does not answer within {PATIENCE:?}: is it paused (microvm ps)?"))
+        }
+        _ => source,
+    };
+    ContainerError::Agent { name: name.into(), source }
+}
+
 /// The line of docs/vsock.md, and its answer.
 fn dial(name: &str) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(base_path().join(name).join(SOCKET))?;
+    // Not where another user could answer.
+    let control = socket_path(name).map_err(io::Error::other)?;
+    let mut stream = UnixStream::connect(control.with_file_name(SOCKET))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     writeln!(stream, "CONNECT {PORT}")?;
@@ -148,13 +165,16 @@ pub fn exec(container: &Container, process: ProcessSpec) -> Result<u8, Container
     agent.send(&Request::Exec(process))?;
     let stream = &agent.stream;
     stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None)).map_err(failed)?;
-    let _raw = terminal.then(RawMode::enter).transpose().map_err(failed)?;
     if input {
         let mut stream = stream.try_clone().map_err(failed)?;
         // It may wait for a key for ever; the process does not wait for it.
         thread::spawn(move || relay::send_input(&mut stream));
     }
-    let mut shown = Shown { container, terminal, signals: Some(signals) };
+    let session = Arc::new(OnceLock::new());
+    let (passed, of) = (session.clone(), container.clone());
+    // It waits for signals as long as the process is there.
+    thread::spawn(move || pass_signals(signals, &of, &passed, terminal));
+    let mut shown = Shown { terminal, session, raw: None };
     match relay::receive(&mut io::BufReader::new(stream), &mut shown) {
         Finish::Exited(status) => Ok(status),
         Finish::Failed(failure) => Err(ContainerError::Refused {
@@ -167,42 +187,60 @@ pub fn exec(container: &Container, process: ProcessSpec) -> Result<u8, Container
     }
 }
 
-/// Shows what the program prints, and has this process's signals go to it.
-struct Shown<'a> {
-    container: &'a Container,
+/// Shows what the program prints.
+struct Shown {
     terminal: bool,
-    signals: Option<Signals>,
+    /// Set when it runs.
+    session: Arc<OnceLock<u32>>,
+    raw: Option<RawMode>,
 }
 
-impl Receiver for Shown<'_> {
+impl Receiver for Shown {
     fn started(&mut self, session: u32) {
-        let Some(signals) = self.signals.take() else { return };
-        let (container, terminal) = (self.container.clone(), self.terminal);
-        // It waits for signals as long as the process is there.
-        thread::spawn(move || pass_signals(signals, &container, session, terminal));
+        // Not before: until then Ctrl-C is this process's.
+        if self.terminal && self.raw.is_none() {
+            self.raw = RawMode::enter().inspect_err(|e| log::warn!("the terminal stays as it is: {e}")).ok();
+        }
+        let _ = self.session.set(session);
     }
 
     fn printed(&mut self, kind: Kind, bytes: &[u8]) {
         if relay::print(kind, bytes).is_err() {
+            self.raw = None;
             // As any program whose reader has gone.
             std::process::exit(128 + libc::SIGPIPE);
         }
     }
 }
 
-fn pass_signals(mut signals: Signals, container: &Container, session: u32, terminal: bool) {
+/// Has this process's signals go to the program. One that it cannot have is for this process.
+fn pass_signals(mut signals: Signals, container: &Container, session: &OnceLock<u32>, terminal: bool) {
     while let Some(signal) = signals.wait() {
-        let request = match signal {
-            Signal::End(signal) => Request::Signal { session, signal },
-            Signal::Resize => match terminal::size().filter(|_| terminal) {
-                Some((columns, rows)) => Request::Resize { session, size: TerminalSize { columns, rows } },
+        let session = session.get().copied();
+        let request = match (signal, session) {
+            (Signal::End(signal), None) => end_by(signal),
+            (Signal::End(signal), Some(session)) => Request::Signal { session, signal },
+            (Signal::Resize, session) => match session.zip(terminal::size().filter(|_| terminal)) {
+                Some((session, (columns, rows))) => {
+                    Request::Resize { session, size: TerminalSize { columns, rows } }
+                }
                 None => continue,
             },
         };
-        if let Err(e) = Agent::connect(container).and_then(|mut agent| agent.ask(&request)) {
-            log::warn!("{e}");
+        match (Agent::connect(container).and_then(|mut agent| agent.ask(&request)), signal) {
+            (Err(ContainerError::Agent { name, source }), Signal::End(signal)) => {
+                log::error!("container {name} does not take the signal: {source}");
+                end_by(signal)
+            }
+            (Err(e), _) => log::warn!("{e}"),
+            (Ok(()), _) => {}
         }
     }
+}
+
+fn end_by(signal: u8) -> ! {
+    terminal::restore();
+    std::process::exit(128 + i32::from(signal))
 }
 
 /// Removes what the VM of an ended container left in the folder of its sockets, where it was killed.

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -75,11 +75,13 @@ pub struct LogRecord {
     pub bytes: Vec<u8>,
 }
 
-/// Reads the log from its beginning, and on as it grows.
+/// Reads the log from its beginning, and on as it grows. What is written over before it is read is left out.
 pub struct LogReader {
     paths: [PathBuf; 2],
-    files: [BufReader<File>; 2],
     current: usize,
+    file: BufReader<File>,
+    /// The time of the first record of what is read from `file`: it is another one where that was emptied since.
+    began: Option<u64>,
     /// Bytes of a record that is not whole yet.
     partial: Vec<u8>,
 }
@@ -91,16 +93,8 @@ impl LogReader {
     /// There is none.
     pub fn open(folder: &Path) -> io::Result<Self> {
         let paths = FILES.map(|name| folder.join(name));
-        let files = [File::open(&paths[0])?, File::open(&paths[1])?].map(BufReader::new);
-        let mut reader = Self { paths, files, current: 0, partial: Vec::new() };
-        // The older one comes first.
-        let first = |file: usize| reader.first_time(file);
-        if let (Some(a), Some(b)) = (first(0), first(1))
-            && b < a
-        {
-            reader.current = 1;
-        }
-        Ok(reader)
+        let (current, file) = older(&paths)?;
+        Ok(Self { paths, current, file, began: None, partial: Vec::new() })
     }
 
     /// The files, for who waits for more.
@@ -109,40 +103,49 @@ impl LogReader {
         &self.paths
     }
 
-    fn first_time(&self, file: usize) -> Option<u64> {
-        let mut time = [0; 8];
-        File::open(&self.paths[file]).ok()?.read_exact(&mut time).ok()?;
-        Some(u64::from_le_bytes(time))
-    }
-
     /// The next record. `None`: there is no more for now.
     ///
     /// # Errors
     /// The disk fails.
     pub fn next(&mut self) -> io::Result<Option<LogRecord>> {
         loop {
-            if let Some(record) = self.next_here()? {
+            let record = self.next_here();
+            // Asked behind the reading: only now is what was read known to be of one piece.
+            let here = first_time(self.file.get_ref());
+            if self.began.is_some() && self.began != here {
+                // All that both have is newer than what was read.
+                let (current, file) = older(&self.paths)?;
+                self.go_on_in(current, file);
+                continue;
+            }
+            if let Some(record) = record? {
                 return Ok(Some(record));
             }
             // At the end of this file the other one goes on, where it is newer.
-            let other = self.current ^ 1;
-            let newer = match (self.first_time(self.current), self.first_time(other)) {
+            let other = File::open(&self.paths[self.current ^ 1])?;
+            let is_newer = match (here, first_time(&other)) {
                 (Some(here), Some(there)) => there > here,
                 (None, there) => there.is_some(),
                 (Some(_), None) => false,
             };
-            if !newer || !self.partial.is_empty() {
+            if !is_newer || !self.partial.is_empty() {
                 return Ok(None);
             }
-            self.files[other] = BufReader::new(File::open(&self.paths[other])?);
-            self.current = other;
+            self.go_on_in(self.current ^ 1, BufReader::new(other));
         }
+    }
+
+    fn go_on_in(&mut self, current: usize, file: BufReader<File>) {
+        (self.current, self.file, self.began) = (current, file, None);
+        self.partial.clear();
     }
 
     fn next_here(&mut self) -> io::Result<Option<LogRecord>> {
         if !self.fill(HEAD)? {
             return Ok(None);
         }
+        let time = self.partial.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        self.began.get_or_insert(time);
         let len = u32::from_le_bytes([self.partial[9], self.partial[10], self.partial[11], self.partial[12]]);
         if len as usize > MAX_FRAME {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the log is damaged"));
@@ -151,7 +154,6 @@ impl LogReader {
             return Ok(None);
         }
         let record = std::mem::take(&mut self.partial);
-        let time = record.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         Ok(Some(LogRecord {
             time: UNIX_EPOCH + Duration::from_nanos(time),
             is_error: record[8] == Kind::Error as u8,
@@ -162,8 +164,25 @@ impl LogReader {
     /// Has `len` bytes in `partial`. `false`: the file has not.
     fn fill(&mut self, len: usize) -> io::Result<bool> {
         let missing = len.saturating_sub(self.partial.len()) as u64;
-        (&mut self.files[self.current]).take(missing).read_to_end(&mut self.partial)?;
+        (&mut self.file).take(missing).read_to_end(&mut self.partial)?;
         Ok(self.partial.len() >= len)
+    }
+}
+
+/// Of the file's first record.
+fn first_time(file: &File) -> Option<u64> {
+    let mut time = [0; 8];
+    file.read_exact_at(&mut time, 0).ok()?;
+    Some(u64::from_le_bytes(time))
+}
+
+/// The file that comes first.
+fn older(paths: &[PathBuf; 2]) -> io::Result<(usize, BufReader<File>)> {
+    let [a, b] = [File::open(&paths[0])?, File::open(&paths[1])?];
+    match (first_time(&a), first_time(&b)) {
+        (Some(time_a), Some(time_b)) if time_b < time_a => Ok((1, BufReader::new(b))),
+        (None, Some(_)) => Ok((1, BufReader::new(b))),
+        _ => Ok((0, BufReader::new(a))),
     }
 }
 
@@ -214,6 +233,34 @@ mod tests {
         assert!(kept.len() >= per_file, "{}", kept.len());
         assert_eq!(kept.last().unwrap().bytes[..8], (5 * per_file - 1).to_le_bytes());
         assert!(kept.is_sorted_by_key(|r| r.time));
+    }
+
+    #[test]
+    fn a_reader_that_is_overtaken_goes_on_with_what_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = LogWriter::create(folder.path()).unwrap();
+        // Of other lengths each time, so that where one began another has its middle.
+        let lengths = [60_001, 50_003, 40_009, 30_011];
+        let record = |number: usize| {
+            let mut chunk = vec![0xff; lengths[number / 300 % lengths.len()]];
+            chunk[..8].copy_from_slice(&number.to_le_bytes());
+            chunk
+        };
+        (0..20).for_each(|number| log.add(Kind::Output, &record(number)).unwrap());
+        let mut reader = LogReader::open(folder.path()).unwrap();
+        for number in 0..10 {
+            assert_eq!(reader.next().unwrap().unwrap().bytes, record(number));
+        }
+        let last = 4 * 300;
+        (20..last).for_each(|number| log.add(Kind::Output, &record(number)).unwrap());
+        let mut numbers = Vec::new();
+        for read in all(&mut reader) {
+            let number = usize::from_le_bytes(*read.bytes.first_chunk().unwrap());
+            assert!(read.bytes == record(number), "{number}");
+            numbers.push(number);
+        }
+        assert!(numbers.is_sorted() && numbers.last() == Some(&(last - 1)), "{numbers:?}");
+        assert!(numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1).count() <= 1, "{numbers:?}");
     }
 
     #[test]

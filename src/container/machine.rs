@@ -16,6 +16,7 @@ use crate::kernels::{Kernel, KernelStore};
 
 use super::agent::SOCKET;
 use super::network::connect;
+use super::storage;
 use super::{Changes, ContainerError, NetworkWishes, Volume, parse_signal, plan};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
@@ -37,6 +38,8 @@ pub struct Wanted {
     pub hostname: String,
     /// Otherwise than the image says.
     pub changes: Changes,
+    /// What it writes goes to a disk, which is added to the VM.
+    pub storage: bool,
     /// Nothing can be written to its root file system.
     pub read_only: bool,
     /// A kernel of the store instead of the default one.
@@ -86,7 +89,7 @@ impl Machine {
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let spec = GuestSpec {
             layers: ids.clone(),
-            storage: None,
+            storage: wanted.storage.then(|| storage::ID.into()),
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
             network,

@@ -9,6 +9,7 @@ mod network;
 mod plan;
 mod relay;
 mod signal;
+mod storage;
 mod store;
 mod streams;
 mod volume;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::config::Size;
 use crate::image::ImageError;
 use crate::kernels::KernelError;
 
@@ -29,6 +31,7 @@ pub use network::{Address, Network, NetworkWishes, ParseAddressError};
 pub use plan::{Changes, plan, set_variable};
 pub use relay::{Finish, Receiver, print};
 pub use signal::{ParseSignalError, parse_signal};
+pub use storage::make as make_storage;
 pub use store::{
     Claim, Container, Containers, Ended, Leavings, Record, State, new_id, record_end, set_process,
 };
@@ -70,6 +73,12 @@ pub enum ContainerError {
         #[source]
         source: io::Error,
     },
+    /// A disk that is too small.
+    #[error("--storage {0}: the least is {1}")]
+    StorageSize(Size, Size),
+    /// Nothing that makes a file system.
+    #[error("--storage: there is no mkfs.ext4 on this host: install it (sudo apt-get install e2fsprogs)")]
+    NoMkfs,
     /// A volume's folder.
     #[error("--volume {path}: give a folder that is there")]
     Volume {

@@ -30,6 +30,7 @@ use crate::vmm::{Service, clean_up_at_end};
 
 use super::ContainerError;
 use super::log::{self, LogWriter};
+use super::storage;
 
 const RECORD: &str = "record.json";
 const LOCK: &str = "lock";
@@ -226,18 +227,31 @@ impl Containers {
         Ok(bytes)
     }
 
-    /// Removes what killed processes left: unfinished folders, and containers that were to go when they ended.
+    /// Removes what killed processes left: unfinished folders, half removed ones, and containers that were to go when
+    /// they ended.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn clean(&self) -> Result<(), ContainerError> {
+        if !self.folder.exists() {
+            return Ok(());
+        }
+        let _guard = self.lock()?;
+        self.sweep()
+    }
+
     fn sweep(&self) -> Result<(), ContainerError> {
         let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
         for entry in entries.flatten() {
             // Nobody adds or removes now, so it is nobody's.
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") || is_half_removed(&entry.path()) {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
         for container in self.list()?.into_iter().filter(|c| c.record.rm) {
             match self.remove_locked(&container) {
-                Ok(_) | Err(ContainerError::Running(_) | ContainerError::NotFound(_)) => {}
+                Ok(_) => super::forget_vm(&container),
+                Err(ContainerError::Running(_) | ContainerError::NotFound(_)) => {}
                 Err(e) => return Err(e),
             }
         }
@@ -251,6 +265,16 @@ impl Containers {
         flock(&file, FlockOperation::LockExclusive).map_err(|e| failed(&path)(e.into()))?;
         Ok(file)
     }
+}
+
+/// Whether this is a container's folder without its record, which goes first, and nobody is at work in it.
+fn is_half_removed(folder: &Path) -> bool {
+    let is_missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    let is_unlocked = || match File::open(folder.join(LOCK)) {
+        Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockShared).is_ok(),
+        Err(e) => is_missing(&e),
+    };
+    fs::symlink_metadata(folder.join(RECORD)).is_err_and(|e| is_missing(&e)) && is_unlocked()
 }
 
 impl Container {
@@ -380,7 +404,7 @@ impl Leavings {
     /// Removes it.
     pub fn remove(&self) {
         // Its record first: without that it is no container any more.
-        for name in [RECORD, END, LOCK].iter().chain(&log::FILES) {
+        for name in [RECORD, END, LOCK, storage::FILE].iter().chain(&log::FILES) {
             let _ = unlinkat(&self.folder, *name, AtFlags::empty());
         }
         let _ = unlinkat(&self.all, &self.id, AtFlags::REMOVEDIR);
@@ -450,6 +474,26 @@ mod tests {
         assert!(matches!(containers.find(""), Err(ContainerError::NotFound(_))));
         let ids: Vec<_> = containers.list().unwrap().into_iter().map(|c| c.record.name).collect();
         assert_eq!(ids, ["b", "a"]);
+    }
+
+    #[test]
+    fn what_was_killed_while_it_removed_itself_goes_and_what_runs_stays() {
+        let (_dir, containers) = store();
+        containers.clean().unwrap();
+        let (half, runs) = (containers.add(&record("a")).unwrap(), containers.add(&record("b")).unwrap());
+        for claim in [&half, &runs] {
+            fs::remove_file(claim.folder.join(RECORD)).unwrap();
+        }
+        let (half, lock) = (half.folder, half.lock);
+        containers.clean().unwrap();
+        assert!(half.exists() && runs.folder.exists());
+        drop(lock);
+        containers.clean().unwrap();
+        assert!(!half.exists() && runs.folder.exists());
+        // Its lock may have gone, too.
+        fs::create_dir(&half).unwrap();
+        drop(containers.add(&record("c")).unwrap());
+        assert!(!half.exists() && runs.folder.exists() && containers.find("c").is_ok());
     }
 
     #[test]

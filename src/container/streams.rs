@@ -7,7 +7,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::guest::TerminalSize;
 use crate::guest::wire::{Kind, MAIN_SESSION, PORT, Request, write_json};
@@ -17,10 +19,15 @@ use crate::sys::terminal::{self, RawMode};
 use crate::vmm::{Service, SignalSink, Vmm};
 
 use super::log::LogWriter;
-use super::relay::{self, Finish, Receiver};
+use super::relay::{self, Finish};
 
 /// They relay; what they hold is on the heap.
 const STACK: usize = 128 << 10;
+/// Of the answers that wait, the bytes that are thrown away before a request: more than a socket holds
+/// (net.core.rmem_default).
+const MOST_ANSWERS: usize = 1 << 20;
+/// What is left to show when the VM has ended is shown by then, or nobody reads it.
+const SHOW_BOUND: Duration = Duration::from_secs(2);
 /// A reader of its output has gone away (SIGPIPE).
 const PIPE: u8 = libc::SIGPIPE as u8;
 
@@ -73,8 +80,13 @@ impl Requests {
     /// Sends a request, if the guest takes it now. It answers, but what it could say changes nothing: the answers are
     /// thrown away, so that there is room for the next.
     fn send(&self, request: &Request) -> bool {
-        let mut answers = [0; 512];
-        while (&self.stream).read(&mut answers).is_ok_and(|len| len > 0) {}
+        let mut answers = [0; 4096];
+        // As many as fit into a socket's buffer: a guest may send more than is read here, for ever.
+        for _ in 0..MOST_ANSWERS / answers.len() {
+            if !(&self.stream).read(&mut answers).is_ok_and(|len| len > 0) {
+                break;
+            }
+        }
         // In one piece, or not at all: it is far shorter than what a socket takes.
         write_json(&mut &self.stream, Kind::Request, request).is_ok()
     }
@@ -127,14 +139,16 @@ impl Service for Streams {
         let stream = frames.try_clone().map_err(failed)?;
         let mut printer =
             Printer { log: Some(log), attached: options.attached, ready: options.ready, requests };
+        let (done, is_done) = channel();
         let thread = confined.spawn(ThreadKind::Streams, "output".into(), STACK, move || {
             let mut frames = io::BufReader::new(frames);
             let finish = relay::receive(&mut frames, &mut printer);
             printer.finish(finish);
             // The guest waits for this before it ends the VM.
             let _ = frames.get_ref().shutdown(Shutdown::Both);
+            let _ = done.send(());
         })?;
-        Ok(Box::new(Serving { stream, thread: Some(thread), _raw: raw }))
+        Ok(Box::new(Serving { stream, thread: Some(thread), is_done, _raw: raw }))
     }
 }
 
@@ -142,6 +156,7 @@ impl Service for Streams {
 struct Serving {
     stream: UnixStream,
     thread: Option<JoinHandle<Option<()>>>,
+    is_done: Receiver<()>,
     _raw: Option<RawMode>,
 }
 
@@ -150,6 +165,11 @@ impl Drop for Serving {
         // The VM has ended, so nothing more comes, though its device may have its end open. What has come is passed on: a
         // Unix socket gives that first (unix_stream_read_generic).
         let _ = self.stream.shutdown(Shutdown::Both);
+        if self.is_done.recv_timeout(SHOW_BOUND) == Err(RecvTimeoutError::Timeout) {
+            // A program that ended by itself has waited for its output. The thread ends with this process.
+            log::warn!("nobody reads what the program printed: the rest is lost");
+            return;
+        }
         if let Some(thread) = self.thread.take() {
             // It only fails where the thread panicked, which has been told.
             let _ = thread.join();
@@ -166,7 +186,7 @@ struct Printer {
     requests: Arc<Requests>,
 }
 
-impl Receiver for Printer {
+impl relay::Receiver for Printer {
     fn started(&mut self, _session: u32) {
         self.requests.started.store(true, Ordering::Release);
         self.ready.take().into_iter().for_each(Ready::tell);
@@ -192,5 +212,27 @@ impl Printer {
         if let Finish::Failed(failure) = finish {
             let _ = writeln!(io::stderr(), "microvm: {}", failure.message);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn output_that_nobody_reads_does_not_keep_the_process() {
+        let (stream, _its) = UnixStream::pair().unwrap();
+        let (done, is_done) = channel();
+        let (release, is_released) = channel::<()>();
+        let thread = thread::spawn(move || {
+            let _ = is_released.recv();
+            drop(done);
+            Some(())
+        });
+        // It ends although the thread goes on.
+        drop(Serving { stream, thread: Some(thread), is_done, _raw: None });
+        release.send(()).unwrap();
     }
 }

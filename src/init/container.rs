@@ -23,6 +23,8 @@ static WANTS_AGENT: AtomicBool = AtomicBool::new(false);
 pub fn spec() -> Result<Option<GuestSpec>, Failed> {
     match fs::read(SPEC_PATH) {
         Ok(text) => {
+            // A description of another version's is told, too.
+            WANTS_AGENT.store(true, Ordering::Relaxed);
             let spec: GuestSpec =
                 serde_json::from_slice(&text).map_err(|e| Failed(format!("{SPEC_PATH}: {e}")))?;
             WANTS_AGENT.store(spec.agent, Ordering::Relaxed);

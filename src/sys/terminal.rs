@@ -81,8 +81,8 @@ pub(super) fn restore_from_signal() {
     }
 }
 
-/// Gives the terminal back, once.
-fn restore() {
+/// Gives the terminal back, once, where [`RawMode`] has it.
+pub fn restore() {
     if let Some(before) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
         // From the background this would stop the process (SIGTTOU), and it is about to end.
         signals::block(libc::SIGTTOU);

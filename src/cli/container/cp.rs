@@ -1,8 +1,8 @@
 //! `microvm cp`: files and folders between the host and a running container.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -11,6 +11,7 @@ use crate::container::{Agent, Container, ContainerError, Containers};
 use crate::guest::wire::Request;
 
 use super::super::CliError;
+use super::unpack::{take_out, unpack};
 
 const AFTER_HELP: &str = "One of the two is CONTAINER:PATH. Where the destination is a folder the copy goes into it, else it is called as the
 destination says. Links stay links. On the host files are this user's; what comes out of a container never leaves the
@@ -85,50 +86,39 @@ fn fetch(container: &Container, path: &str, to: &Place) -> Result<u8, CliError> 
         (false, Some(name)) => (parent(target), Some(name)),
         _ => (target.as_path(), None),
     };
+    // As it was asked for, not as the guest calls it: that could be any file's name.
+    let Some(name) = name.or(Path::new(path).file_name()) else {
+        return Err(CliError::Usage(format!(
+            "cp: {path:?} has no name: name the copy, too, in a folder that is there"
+        )));
+    };
     let work = folder.join(format!(".microvm-cp-{}", std::process::id()));
-    fs::create_dir(&work).map_err(failed)?;
-    let done = unpack(&mut agent, &work).and_then(|()| take_out(&work, folder, name).map_err(failed));
+    // What the container keeps from others is kept from others here.
+    fs::DirBuilder::new().mode(0o700).create(&work).map_err(failed)?;
+    let done = receive(&mut agent, &work).and_then(|archive| {
+        // What is in "/" comes without it.
+        let top = if Path::new(path).file_name().is_some() { work.clone() } else { work.join(name) };
+        let unpacked = fs::create_dir_all(&top).and_then(|()| unpack(archive, &top));
+        unpacked.and_then(|()| take_out(&work, folder, name)).map_err(failed)
+    });
     let _ = fs::remove_dir_all(&work);
     done.map(|()| 0)
 }
 
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// The archive goes to a file first: what unpacks it then reads no stream that may end in the middle.
-fn unpack(agent: &mut Agent, work: &Path) -> Result<(), CliError> {
-    let failed = |source| CliError::Copy { path: work.into(), source };
-    let archive = work.with_extension("tar");
-    let open = File::options().read(true).write(true).create_new(true).open(&archive);
+fn receive(agent: &mut Agent, work: &Path) -> Result<File, CliError> {
+    let path = work.join("archive");
+    let failed = |source| CliError::Copy { path: path.clone(), source };
+    let open = File::options().read(true).write(true).create_new(true).open(&path);
     let mut file = open.map_err(failed)?;
     // It needs no name any more.
-    fs::remove_file(&archive).map_err(failed)?;
+    fs::remove_file(&path).map_err(failed)?;
     agent.receive(&mut file)?;
-    file.rewind().map_err(failed)?;
-    let mut entries = tar::Archive::new(file);
-    // Not its owners, nor bits that make a program another user's.
-    entries.set_preserve_permissions(false);
-    entries.set_unpack_xattrs(false);
-    for entry in entries.entries().map_err(failed)? {
-        let mut entry = entry.map_err(failed)?;
-        let kind = entry.header().entry_type();
-        // No device, and no link to a file that the archive did not bring.
-        if kind.is_file() || kind.is_dir() || kind.is_symlink() || kind.is_hard_link() {
-            entry.unpack_in(work).map_err(failed)?;
-        }
-    }
-    Ok(())
+    Ok(file)
 }
 
-/// Moves the one thing in `work` to `folder`, as `name`.
-fn take_out(work: &Path, folder: &Path, name: Option<&OsStr>) -> io::Result<()> {
-    let mut entries = fs::read_dir(work)?;
-    let (Some(entry), None) = (entries.next().transpose()?, entries.next()) else {
-        return Err(io::Error::other("the guest did not send one file or folder"));
-    };
-    let target = folder.join(name.unwrap_or(&entry.file_name()));
-    fs::rename(entry.path(), target)
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// To the guest.

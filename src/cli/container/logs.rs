@@ -2,12 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::thread;
 
 use clap::Args;
+use rustix::pipe::{PipeFlags, pipe_with};
 
-use crate::container::{Container, ContainerError, Containers, LogReader, LogRecord, State};
-use crate::sys::watch::Watch;
+use crate::container::{Container, ContainerError, Containers, LogReader, LogRecord};
+use crate::sys::watch::{Happened, Watch};
 
 use super::super::CliError;
 
@@ -46,8 +47,7 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
     let failed = |source| ContainerError::Store { path: container.folder.clone(), source };
     let mut reader = LogReader::open(&container.folder).map_err(failed)?;
     // Watched from before the first look on, so that nothing is missed.
-    let paths: Vec<PathBuf> = reader.paths().to_vec();
-    let mut watch = args.follow.then(|| Watch::of(&paths)).transpose().map_err(failed)?;
+    let watch = args.follow.then(|| watch(&container, &reader)).transpose().map_err(failed)?;
     let mut printer = Printer { timestamps: args.timestamps, at_line_start: true };
     let mut first = Vec::new();
     while let Some(record) = reader.next().map_err(failed)? {
@@ -57,23 +57,32 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
         }
     }
     last_lines(first, args.tail.unwrap_or(0)).iter().try_for_each(|record| printer.print(record))?;
-    while let Some(watch) = &mut watch {
-        // In this order: what it printed last is there when it has ended.
-        let runs = runs(&container);
-        while let Some(record) = reader.next().map_err(failed)? {
-            printer.print(&record)?;
+    if let Some(mut watch) = watch {
+        let mut happened = Happened::Change;
+        loop {
+            while let Some(record) = reader.next().map_err(failed)? {
+                printer.print(&record)?;
+            }
+            // In this order: what it printed last is there when it has ended.
+            if happened == Happened::End {
+                break;
+            }
+            happened = watch.wait().map_err(failed)?;
         }
-        if !runs {
-            break;
-        }
-        watch.wait().map_err(failed)?;
     }
     Ok(0)
 }
 
-/// One that was removed does not.
-fn runs(container: &Container) -> bool {
-    matches!(container.state(), Ok(State::Running(_)))
+/// Watches the log, and the container's end: the lock goes after the log is closed, so that no event of a file tells it.
+fn watch(container: &Container, reader: &LogReader) -> io::Result<Watch> {
+    let (end, to_end) = pipe_with(PipeFlags::CLOEXEC)?;
+    let container = container.clone();
+    thread::Builder::new().name("end".into()).spawn(move || {
+        // One that was removed meanwhile has ended, too.
+        let _ = container.wait();
+        drop(to_end);
+    })?;
+    Watch::new(reader.paths(), end)
 }
 
 /// The records of the last `count` lines of each stream together.

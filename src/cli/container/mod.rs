@@ -7,6 +7,7 @@ pub mod logs;
 pub mod rm;
 pub mod stats;
 pub mod stop;
+mod unpack;
 pub mod wait;
 
 use super::{CliError, chain, say};

@@ -54,7 +54,11 @@ pub fn run_rm(args: &RmArgs) -> Result<u8, CliError> {
     Ok(for_each(&args.containers, |name| {
         let container = all.find(name)?;
         if args.force && matches!(container.state()?, State::Running(_)) {
-            close(&container)?;
+            match close(&container) {
+                // By itself, just now.
+                Err(CliError::Container(ContainerError::NotRunning(_))) => {}
+                closed => closed?,
+            }
         }
         match remove(&all, &container) {
             // With its end.
@@ -79,12 +83,12 @@ pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
     if !args.force && !ended.is_empty() && io::stdin().is_terminal() && !confirmed(ended.len())? {
         return Ok(0);
     }
-    let (mut freed, mut status) = (0, 0);
+    let (mut removed, mut freed, mut status) = (0, 0, 0);
     let mut out = io::stdout().lock();
     for container in &ended {
         match remove(&all, container) {
             Ok(bytes) => {
-                freed += bytes;
+                (removed, freed) = (removed + 1, freed + bytes);
                 writeln!(out, "{}", container.record.name)?;
             }
             // Somebody else did.
@@ -95,7 +99,8 @@ pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
             }
         }
     }
-    writeln!(out, "{} containers removed, {} freed", ended.len(), Size(freed))?;
+    all.clean()?;
+    writeln!(out, "{removed} containers removed, {} freed", Size(freed))?;
     Ok(status)
 }
 

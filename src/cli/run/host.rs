@@ -46,6 +46,7 @@ fn unknown(args: &RunArgs) -> Option<&'static str> {
         ("--network", wants_network),
         ("--publish", !args.publish.is_empty()),
         ("--volume", !args.volume.is_empty()),
+        ("--storage", args.storage.is_some()),
         ("--kernel", args.kernel.is_some()),
         ("--serial", args.serial.is_some()),
         ("--allow-software-kvm", args.allow_software_kvm),
