@@ -11,6 +11,8 @@
 
 pub mod cli;
 
+pub mod compare;
+
 pub mod container;
 
 pub mod doctor;

@@ -6,6 +6,7 @@ use std::path::Path;
 /// Left to right; modules of one group stand side by side and may import each other.
 const LAYERS: &[&[&str]] = &[
     &["cli"],
+    &["compare"],
     &["container"],
     &["doctor", "image", "kernels"],
     &["control"],

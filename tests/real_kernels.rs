@@ -8,6 +8,8 @@ mod common;
 mod console;
 #[path = "real/container.rs"]
 mod container;
+#[path = "real/isolation.rs"]
+mod isolation;
 #[path = "real/life.rs"]
 mod life;
 #[path = "real/mixed.rs"]

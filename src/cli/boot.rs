@@ -169,6 +169,15 @@ pub(super) enum Format {
     Json,
 }
 
+impl From<Format> for TimelineFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Human => Self::Human,
+            Format::Json => Self::Json,
+        }
+    }
+}
+
 fn parse_control(text: &OsStr) -> ControlConfig {
     if text == "none" { ControlConfig::None } else { ControlConfig::Path(text.into()) }
 }
@@ -296,12 +305,8 @@ impl Launch {
             say(&format!("--metrics cannot be written: {e}"));
         }
         if let Some(format) = format {
-            let format = match format {
-                Format::Human => TimelineFormat::Human,
-                Format::Json => TimelineFormat::Json,
-            };
             // The guest's status matters more than a standard error that cannot be written.
-            let _ = write_timeline(&timeline, format, &mut io::stderr().lock());
+            let _ = write_timeline(&timeline, format.into(), &mut io::stderr().lock());
         }
         Ok(end)
     }

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, flags to configuration and nothing else.
 
 mod boot;
+mod compare;
 mod completions;
 mod container;
 mod ctl;
@@ -19,6 +20,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
 
+use crate::compare::CompareError;
 use crate::container::ContainerError;
 use crate::control::{ClientError, ControlError, PlaceError};
 use crate::image::ImageError;
@@ -59,6 +61,8 @@ enum Command {
     Boot(Box<boot::BootArgs>),
     /// Run a container image in a virtual machine of its own
     Run(Box<run::RunArgs>),
+    /// Measure an image's command in a process, a container and a VM
+    Compare(Box<compare::CompareArgs>),
     /// List this user's virtual machines and containers
     Ps(ps::PsArgs),
     /// Run another program in a running container
@@ -154,6 +158,18 @@ pub enum CliError {
     /// A container.
     #[error(transparent)]
     Container(#[from] ContainerError),
+    /// A comparison.
+    #[error(transparent)]
+    Compare(#[from] CompareError),
+    /// The page of `compare --html`.
+    #[error("--html {path} cannot be written")]
+    Html {
+        /// The path.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// A program's streams.
     #[error("the program's streams cannot be connected")]
     Streams(#[source] io::Error),
@@ -207,6 +223,8 @@ impl CliError {
             | Self::Kernel(_)
             | Self::Image(_)
             | Self::Container(_)
+            | Self::Compare(_)
+            | Self::Html { .. }
             | Self::Streams(_)
             | Self::EnvFile { .. }
             | Self::Copy { .. }
@@ -246,6 +264,7 @@ pub fn run(clock: Clock) -> Result<u8, CliError> {
     match cli.command {
         Command::Boot(args) => boot::run(*args, clock),
         Command::Run(args) => run::run(*args, clock),
+        Command::Compare(args) => compare::run(*args),
         Command::Ps(args) => ps::run(&args),
         Command::Exec(args) => exec::run(*args),
         Command::Logs(args) => logs::run(&args),

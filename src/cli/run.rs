@@ -1,5 +1,7 @@
 //! `microvm run`: a container image in a virtual machine of its own.
 
+mod host;
+
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::net::Ipv4Addr;
@@ -11,7 +13,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::config::{HostEnd, MemoryConfig, Publish, Size, is_name};
 use crate::container::{
-    Address, Changes, Claim, ContainerError, Containers, Machine, Network, NetworkWishes, Record,
+    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Record,
     StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
@@ -106,6 +108,13 @@ pub struct RunArgs {
     /// Guest memory
     #[arg(short, long, value_name = "SIZE")]
     memory: Option<MemoryConfig>,
+    /// What is between the program and the host: vm, container (by crun or runc, on the host's kernel) or process (another
+    /// root folder alone); the latter two are to compare with, and need root
+    #[arg(long, value_name = "HOW", default_value_t)]
+    isolation: Isolation,
+    /// Where the container's control group is made, from the root of the hierarchy
+    #[arg(long, value_name = "PATH", hide_short_help = true)]
+    cgroup_parent: Option<String>,
     /// A kernel by its name in microvm kernel ls [default: the one of microvm kernel default]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
@@ -158,6 +167,9 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     let name = args.name.clone().unwrap_or_else(|| id.clone());
     if !is_name(&name) {
         return Err(ContainerError::Name(name).into());
+    }
+    if args.isolation != Isolation::Vm {
+        return host::run(&args, &name, clock);
     }
     let machine = Machine::of(&wanted(&args, &name)?)?;
     let record = Record {

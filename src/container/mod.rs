@@ -2,6 +2,7 @@
 //! configuration.
 
 mod agent;
+mod host;
 mod log;
 mod machine;
 mod network;
@@ -23,6 +24,7 @@ use crate::image::ImageError;
 use crate::kernels::KernelError;
 
 pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
+pub use host::{Cgroup, HostError, HostWishes, Isolation, ParseIsolationError, run_on_host};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
 pub use network::{Address, Network, NetworkWishes, ParseAddressError};
@@ -45,6 +47,9 @@ pub enum ContainerError {
     /// Its kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// On the host's own kernel.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// The image's `StopSignal`.
     #[error("the image's StopSignal")]
     StopSignal(#[from] ParseSignalError),

@@ -2,6 +2,7 @@
 //! what the two say to each other while it runs ([`wire`]).
 
 pub mod archive;
+pub mod users;
 pub mod wire;
 
 use std::net::Ipv4Addr;

@@ -14,8 +14,8 @@ use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use super::rootfs::{self, Overlay};
-use super::users::{self, User};
 use super::{Failed, failed, network, shares};
+use microvm::guest::users::{self, User};
 
 static WANTS_AGENT: AtomicBool = AtomicBool::new(false);
 

@@ -16,7 +16,6 @@ mod programs;
 mod rootfs;
 mod session;
 mod shares;
-mod users;
 mod vsock;
 
 use std::ffi::OsString;

@@ -23,6 +23,15 @@ pub enum Signal {
     Resize,
 }
 
+/// Who has sent a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sender {
+    /// The kernel: a key was pressed in the terminal, whose other processes have got the signal, too.
+    Kernel,
+    /// A process, to this one.
+    Process,
+}
+
 impl Signals {
     /// Blocks the signals in this thread, and so in every thread it starts later, and routes them here.
     ///
@@ -48,13 +57,20 @@ impl Signals {
 
     /// A signal that has arrived, if one has.
     pub fn take(&mut self) -> Option<Signal> {
+        Some(self.take_with_sender()?.0)
+    }
+
+    /// The same, with who has sent it.
+    pub fn take_with_sender(&mut self) -> Option<(Signal, Sender)> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         self.0.read_exact(&mut info).ok()?;
-        // `ssi_signo` is the first field: a u32 in this machine's byte order.
+        // `ssi_signo` is the first field, a u32 in this machine's byte order, and `ssi_code` the third, an i32.
         let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+        let code = i32::from_ne_bytes([info[8], info[9], info[10], info[11]]);
+        let sender = if code == libc::SI_KERNEL { Sender::Kernel } else { Sender::Process };
         match u8::try_from(number).ok()? {
-            number if libc::c_int::from(number) == libc::SIGWINCH => Some(Signal::Resize),
-            number => Some(Signal::End(number)),
+            number if libc::c_int::from(number) == libc::SIGWINCH => Some((Signal::Resize, sender)),
+            number => Some((Signal::End(number), sender)),
         }
     }
 }

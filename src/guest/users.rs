@@ -10,10 +10,13 @@ const MAX_LINE: usize = 64 << 10;
 /// A user's numbers and home.
 #[derive(Debug, PartialEq, Eq)]
 pub struct User {
+    /// The user's number.
     pub uid: u32,
+    /// The group's.
     pub gid: u32,
     /// Supplementary groups.
     pub groups: Vec<u32>,
+    /// Where HOME points.
     pub home: String,
 }
 

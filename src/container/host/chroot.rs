@@ -1,0 +1,161 @@
+//! The floor: the program in a plain chroot, with the mounts that every program expects.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
+use rustix::process::{Gid, Uid, chdir, chroot};
+use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+
+use crate::guest::ProcessSpec;
+use crate::guest::users::User;
+use crate::sys::fork::unshare;
+
+use super::rootfs::RootFs;
+
+/// As Docker and shells have it.
+const NOT_STARTED: u8 = 125;
+const NOT_ALLOWED: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// Minor numbers of the devices of major number 1 that every program expects, and of the terminal, which is of 5.
+const DEVICES: [(&str, u32, u32); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+
+/// What is to be run, and where.
+pub struct Chroot<'a> {
+    pub root: &'a RootFs,
+    pub process: &'a ProcessSpec,
+    pub user: &'a User,
+    pub hostname: &'a str,
+    pub read_only: bool,
+    /// `/run` is a tmpfs: the image has nothing there.
+    pub run: bool,
+    /// The control group that it enters first.
+    pub entrance: Option<File>,
+}
+
+impl Chroot<'_> {
+    /// Becomes the program. Returns only where that cannot be: an exit status, when the reason was printed.
+    pub fn become_it(&self) -> u8 {
+        if let Err(e) = self.enter() {
+            eprintln!("microvm: --isolation process: the root file system cannot be entered: {e}");
+            return NOT_STARTED;
+        }
+        let (name, e) = match self.process.args.split_first() {
+            Some((program, arguments)) => (program.as_str(), self.exec(program, arguments)),
+            None => ("no program", io::ErrorKind::NotFound.into()),
+        };
+        eprintln!("microvm: {name} cannot be run: {e}");
+        match e.kind() {
+            io::ErrorKind::NotFound => NOT_FOUND,
+            _ => NOT_ALLOWED,
+        }
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        if let Some(mut entrance) = self.entrance.as_ref() {
+            io::Write::write_all(&mut entrance, b"0")?;
+        }
+        unshare(UnshareFlags::NEWNS | UnshareFlags::NEWUTS)?;
+        rustix::system::sethostname(self.hostname.as_bytes())?;
+        let sources = self.root.files.iter().map(|path| Ok((*path, File::open(self.root.source_of(path))?)));
+        let sources = sources.collect::<io::Result<Vec<_>>>()?;
+        let root = self.root.path();
+        if self.read_only {
+            mount_bind(&root, &root)?;
+        }
+        chdir(&root)?;
+        chroot(".")?;
+        chdir("/")?;
+        // From here on a link in the image leads to a place inside.
+        mount_surroundings(self.run)?;
+        for (path, file) in &sources {
+            mount_bind(format!("/proc/self/fd/{}", file.as_raw_fd()), *path)?;
+        }
+        fs::create_dir_all(&self.process.cwd)?;
+        if self.read_only {
+            mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
+        }
+        Ok(())
+    }
+
+    fn exec(&self, program: &str, arguments: &[String]) -> io::Error {
+        let mut command = Command::new(program);
+        command.args(arguments).env_clear().env("HOME", &self.user.home);
+        command.envs(self.process.env.iter().filter_map(|word| word.split_once('=')));
+        command.current_dir(&self.process.cwd);
+        let groups: Vec<_> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
+        let (gid, uid) = (Gid::from_raw(self.user.gid), Uid::from_raw(self.user.uid));
+        let become_user = move || {
+            // As a container: nothing but the three streams is handed down.
+            close_at_exec()?;
+            set_thread_groups(&groups)?;
+            set_thread_res_gid(gid, gid, gid)?;
+            set_thread_res_uid(uid, uid, uid)?;
+            Ok(())
+        };
+        // SAFETY: only system calls are made.
+        unsafe { command.pre_exec(become_user) };
+        command.exec()
+    }
+}
+
+fn mount_surroundings(run: bool) -> io::Result<()> {
+    let nothing = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    let plain = MountFlags::NOSUID | MountFlags::NODEV;
+    let mut mounts = vec![
+        ("proc", "/proc", nothing, ""),
+        ("sysfs", "/sys", nothing | MountFlags::RDONLY, ""),
+        ("tmpfs", "/dev", MountFlags::NOSUID, "mode=755,size=65536k"),
+        (
+            "devpts",
+            "/dev/pts",
+            MountFlags::NOSUID | MountFlags::NOEXEC,
+            "newinstance,ptmxmode=0666,mode=0620,gid=5",
+        ),
+        ("tmpfs", "/dev/shm", nothing, "mode=1777,size=65536k"),
+        ("mqueue", "/dev/mqueue", nothing, ""),
+    ];
+    if run {
+        mounts.push(("tmpfs", "/run", plain, "mode=755"));
+    }
+    for (kind, target, flags, options) in mounts {
+        match fs::create_dir(target) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        mount(kind, target, kind, flags, Some(CString::new(options)?.as_c_str()))?;
+    }
+    for (name, major, minor) in DEVICES {
+        let path = Path::new("/dev").join(name);
+        mknodat(CWD, &path, FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(major, minor))?;
+        // What the mask took away.
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+    }
+    for (target, name) in [
+        ("/proc/self/fd", "fd"),
+        ("/proc/self/fd/0", "stdin"),
+        ("/proc/self/fd/1", "stdout"),
+        ("/proc/self/fd/2", "stderr"),
+        ("pts/ptmx", "ptmx"),
+    ] {
+        symlink(target, Path::new("/dev").join(name))?;
+    }
+    Ok(())
+}
+
+fn close_at_exec() -> io::Result<()> {
+    // SAFETY: passes numbers; descriptors are marked, and none is closed before the program has taken this one's place.
+    match unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,241 @@
+//! The runtime's `config.json` (OCI runtime specification 1.0): a container as Docker makes it, without a network.
+
+use serde_json::{Value, json};
+
+use crate::guest::ProcessSpec;
+use crate::guest::users::User;
+
+/// What Docker leaves to root in a container.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+/// What Docker hides, as it tells of the host.
+const MASKED: [&str; 11] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+/// What changes the host.
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// One processor for 100 ms in each 100 ms, in microseconds.
+pub const CPU_PERIOD: u64 = 100_000;
+
+/// What the host lays over a file or folder of the container's.
+pub struct Bind {
+    /// On the host.
+    pub source: String,
+    /// In the container.
+    pub target: String,
+}
+
+/// What a container is to be.
+pub struct Bundle<'a> {
+    /// The program.
+    pub process: &'a ProcessSpec,
+    /// Who runs it.
+    pub user: &'a User,
+    /// The host's name in it.
+    pub hostname: &'a str,
+    /// Its root folder, on the host.
+    pub root: String,
+    /// Nothing can be written to the root file system.
+    pub read_only: bool,
+    /// Files of the host's in it.
+    pub binds: Vec<Bind>,
+    /// `/run` is a tmpfs: the image has nothing there.
+    pub run: bool,
+    /// Its control group, from the root of the hierarchy; none where the host has no cgroup 2.
+    pub cgroup: Option<String>,
+    /// Most memory, in bytes.
+    pub memory: Option<u64>,
+    /// Most processors.
+    pub cpus: Option<u32>,
+}
+
+impl Bundle<'_> {
+    /// The text of `config.json`.
+    #[must_use]
+    pub fn to_config(&self) -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "root": { "path": self.root, "readonly": self.read_only },
+            "hostname": self.hostname,
+            "process": self.process(),
+            "mounts": self.mounts(),
+            "linux": self.linux(),
+        })
+    }
+
+    fn process(&self) -> Value {
+        let mut env = vec![format!("HOME={}", self.user.home)];
+        // The image may say another one.
+        self.process.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
+        let mut process = json!({
+            "terminal": self.process.terminal,
+            "args": self.process.args,
+            "env": env,
+            "cwd": self.process.cwd,
+            "user": {
+                "uid": self.user.uid,
+                "gid": self.user.gid,
+                "additionalGids": self.user.groups,
+            },
+            "capabilities": {
+                "bounding": CAPABILITIES,
+                "effective": CAPABILITIES,
+                "permitted": CAPABILITIES,
+            },
+            "noNewPrivileges": false,
+        });
+        if let Some(size) = self.process.size {
+            process["consoleSize"] = json!({ "height": size.rows, "width": size.columns });
+        }
+        process
+    }
+
+    fn mounts(&self) -> Vec<Value> {
+        let mount = |kind: &str, target: &str, options: &str| {
+            let options: Vec<_> = options.split(',').collect();
+            json!({ "type": kind, "source": kind, "destination": target, "options": options })
+        };
+        let mut mounts = vec![
+            mount("proc", "/proc", "nosuid,noexec,nodev"),
+            mount("tmpfs", "/dev", "nosuid,strictatime,mode=755,size=65536k"),
+            mount("devpts", "/dev/pts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
+            mount("tmpfs", "/dev/shm", "nosuid,noexec,nodev,mode=1777,size=65536k"),
+            mount("mqueue", "/dev/mqueue", "nosuid,noexec,nodev"),
+            mount("sysfs", "/sys", "nosuid,noexec,nodev,ro"),
+        ];
+        if self.cgroup.is_some() {
+            mounts.push(mount("cgroup", "/sys/fs/cgroup", "nosuid,noexec,nodev,relatime,ro"));
+        }
+        if self.run {
+            mounts.push(mount("tmpfs", "/run", "nosuid,nodev,mode=755"));
+        }
+        let bind = |bind: &Bind| {
+            json!({ "type": "bind", "source": bind.source, "destination": bind.target,
+                    "options": ["bind", "rprivate"] })
+        };
+        mounts.extend(self.binds.iter().map(bind));
+        mounts
+    }
+
+    fn linux(&self) -> Value {
+        let mut namespaces = vec!["pid", "mount", "uts", "ipc", "network"];
+        let mut linux = json!({ "maskedPaths": MASKED, "readonlyPaths": READ_ONLY });
+        if let Some(cgroup) = &self.cgroup {
+            namespaces.push("cgroup");
+            linux["cgroupsPath"] = json!(cgroup);
+            let mut resources = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
+            if let Some(bytes) = self.memory {
+                resources["memory"] = json!({ "limit": bytes });
+            }
+            if let Some(cpus) = self.cpus {
+                resources["cpu"] = json!({ "quota": u64::from(cpus) * CPU_PERIOD, "period": CPU_PERIOD });
+            }
+            linux["resources"] = resources;
+        }
+        linux["namespaces"] = namespaces.iter().map(|kind| json!({ "type": kind })).collect();
+        linux
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::TerminalSize;
+
+    fn config(change: impl FnOnce(&mut Bundle<'_>, &mut ProcessSpec)) -> Value {
+        let process: ProcessSpec =
+            serde_json::from_str(r#"{"args": ["sh", "-c", "x"], "env": ["A=1"], "cwd": "/srv"}"#).unwrap();
+        let user = User { uid: 33, gid: 34, groups: vec![4], home: "/www".into() };
+        let mut bundle = Bundle {
+            process: &process,
+            user: &user,
+            hostname: "box",
+            root: "/work/root".into(),
+            read_only: false,
+            binds: vec![Bind { source: "/work/hosts".into(), target: "/etc/hosts".into() }],
+            run: true,
+            cgroup: Some("/microvm/x".into()),
+            memory: None,
+            cpus: None,
+        };
+        let mut changed = process.clone();
+        change(&mut bundle, &mut changed);
+        Bundle { process: &changed, ..bundle }.to_config()
+    }
+
+    fn kinds(config: &Value) -> Vec<&str> {
+        let namespaces = config["linux"]["namespaces"].as_array().unwrap();
+        namespaces.iter().map(|n| n["type"].as_str().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_program_is_the_plans() {
+        let config = config(|_, process| process.env.push("HOME=/own".into()));
+        let process = &config["process"];
+        assert_eq!(process["args"], json!(["sh", "-c", "x"]));
+        assert_eq!(process["env"], json!(["A=1", "HOME=/own"]));
+        assert_eq!(process["user"], json!({ "uid": 33, "gid": 34, "additionalGids": [4] }));
+        assert_eq!((&process["cwd"], &process["terminal"]), (&json!("/srv"), &json!(false)));
+        assert_eq!(config["hostname"], "box");
+    }
+
+    #[test]
+    fn limits_are_the_control_groups() {
+        let limited = config(|bundle, _| (bundle.memory, bundle.cpus) = (Some(64 << 20), Some(2)));
+        let resources = &limited["linux"]["resources"];
+        assert_eq!(resources["memory"]["limit"], 64 << 20);
+        assert_eq!(resources["cpu"], json!({ "quota": 200_000, "period": 100_000 }));
+        assert!(kinds(&limited).contains(&"cgroup"));
+        let none = config(|bundle, _| bundle.cgroup = None);
+        assert!(none["linux"]["resources"].is_null() && none["linux"]["cgroupsPath"].is_null());
+        assert_eq!(kinds(&none), ["pid", "mount", "uts", "ipc", "network"]);
+    }
+
+    #[test]
+    fn mounts_are_dockers_and_the_containers_files() {
+        let has = |config: &Value, target: &str| {
+            config["mounts"].as_array().unwrap().iter().any(|mount| mount["destination"] == target)
+        };
+        let own = config(|bundle, _| bundle.run = false);
+        assert!(has(&own, "/proc") && has(&own, "/etc/hosts") && !has(&own, "/run"));
+        assert!(has(&config(|_, _| ()), "/run"));
+        let read_only = config(|bundle, _| bundle.read_only = true);
+        assert_eq!(read_only["root"], json!({ "path": "/work/root", "readonly": true }));
+    }
+
+    #[test]
+    fn a_terminal_has_its_size() {
+        let config = config(|_, process| {
+            (process.terminal, process.size) = (true, Some(TerminalSize { columns: 80, rows: 24 }));
+        });
+        assert_eq!(config["process"]["consoleSize"], json!({ "height": 24, "width": 80 }));
+        assert_eq!(config["process"]["terminal"], true);
+    }
+}

@@ -1,0 +1,162 @@
+//! The root file system on the host: the same layers that a guest stacks, in a mount name space that ends with this process.
+
+use std::ffi::CString;
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat, unlinkat};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::thread::UnshareFlags;
+
+use crate::guest::users::{self, User};
+use crate::sys::fork::unshare;
+use crate::sys::loop_device;
+
+use super::{HostError, at};
+
+/// What is mounted over, and may be missing in an image. A guest's lowest layer has the same.
+const FOLDERS: [&str; 5] = ["proc", "sys", "dev", "run", "etc"];
+/// Longer databases of users are nobody's.
+const MAX_DATABASE: u64 = 16 << 20;
+
+/// A mounted root file system.
+pub struct RootFs {
+    /// A tmpfs, which has everything of this container.
+    pub work: PathBuf,
+    /// The files of the container's that are laid over the image's: each one's path in the container.
+    pub files: Vec<&'static str>,
+}
+
+impl RootFs {
+    /// Enters a mount name space and stacks `layers`, the lowest first, under a writable tmpfs. `work` is a folder that
+    /// is covered meanwhile. Each of `files` is a path below `/etc` and its text.
+    ///
+    /// # Errors
+    /// Something cannot be mounted: what, and why.
+    pub fn mount(
+        work: &Path,
+        layers: &[PathBuf],
+        files: &[(&'static str, String)],
+    ) -> Result<Self, HostError> {
+        fs::create_dir_all(work).map_err(at(work))?;
+        unshare(UnshareFlags::NEWNS).map_err(HostError::Namespace)?;
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).map_err(|e| HostError::Namespace(e.into()))?;
+        mount("tmpfs", work, "tmpfs", MountFlags::NODEV, Some(c"mode=755,size=100%"))
+            .map_err(|e| at(work)(e.into()))?;
+        // Short names leave room for many layers: overlayfs' options must fit into a page.
+        std::env::set_current_dir(work).map_err(at(work))?;
+        for (index, layer) in layers.iter().enumerate() {
+            mount_layer(layer, Path::new(&index.to_string())).map_err(at(layer))?;
+        }
+        let top = layers.len().saturating_sub(1).to_string();
+        stack(layers.len(), Path::new(&top)).map_err(HostError::Overlay)?;
+        std::env::set_current_dir("/").map_err(at(Path::new("/")))?;
+        let root = Self { work: work.into(), files: files.iter().map(|(path, _)| *path).collect() };
+        for (path, text) in files {
+            root.add_file(path, text).map_err(at(Path::new(path)))?;
+        }
+        Ok(root)
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.work.join("root")
+    }
+
+    /// Where the text is that lies over one of the container's files.
+    pub fn source_of(&self, path: &str) -> PathBuf {
+        self.work.join(path.rsplit('/').next().unwrap_or(path))
+    }
+
+    /// Writes the text, and sees to it that the container has a file at its place.
+    fn add_file(&self, path: &str, text: &str) -> io::Result<()> {
+        fs::write(self.source_of(path), text)?;
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let folder = self.open(folder, OFlags::PATH | OFlags::DIRECTORY)?;
+        match statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => return Ok(()),
+            // As microvm-init: a link is replaced, not followed.
+            Ok(_) => unlinkat(&folder, name, AtFlags::empty())?,
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        openat(&folder, name, flags, Mode::from_raw_mode(0o644))?;
+        Ok(())
+    }
+
+    /// Opens what the container has at `path`: an image's link leads to a place inside.
+    fn open(&self, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
+        let root = File::open(self.path())?;
+        let path = match path.trim_start_matches('/') {
+            "" => ".",
+            path => path,
+        };
+        Ok(openat2(root.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
+    }
+
+    /// Whether the container has anything in this folder.
+    pub fn is_empty(&self, folder: &str) -> bool {
+        let open = self.open(folder, OFlags::RDONLY | OFlags::DIRECTORY);
+        let entries = open.and_then(|fd| Ok(rustix::fs::Dir::new(fd)?));
+        entries.is_ok_and(|entries| {
+            entries.flatten().all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+        })
+    }
+
+    /// Looks a user up in the container's own databases.
+    ///
+    /// # Errors
+    /// There is no such user or group.
+    pub fn user(&self, user: &str) -> Result<User, HostError> {
+        let etc = self.work.join("etc");
+        fs::create_dir_all(&etc).map_err(at(&etc))?;
+        for name in ["passwd", "group"] {
+            let Ok(source) = self.open(&format!("/etc/{name}"), OFlags::RDONLY | OFlags::NONBLOCK) else {
+                continue;
+            };
+            let copy = || {
+                io::copy(
+                    &mut io::Read::take(File::from(source), MAX_DATABASE),
+                    &mut File::create(etc.join(name))?,
+                )
+            };
+            copy().map_err(at(&etc))?;
+        }
+        users::find(user, &etc).map_err(HostError::User)
+    }
+}
+
+/// Mounts the file itself (Linux 6.12), else by way of a loop device.
+fn mount_layer(layer: &Path, target: &Path) -> io::Result<()> {
+    fs::create_dir(target)?;
+    match mount(layer, target, "erofs", MountFlags::RDONLY, None) {
+        Err(Errno::NOTBLK) => {
+            let (device, _open) = loop_device::attach(&File::open(layer)?)?;
+            Ok(mount(&device, target, "erofs", MountFlags::RDONLY, None)?)
+        }
+        result => Ok(result?),
+    }
+}
+
+/// Stacks layers `0` to `count - 1` of the current folder at `root`.
+fn stack(count: usize, top: &Path) -> io::Result<()> {
+    for folder in FOLDERS {
+        fs::create_dir_all(Path::new("s").join(folder))?;
+    }
+    for folder in ["root", "work", "upper"] {
+        fs::create_dir(folder)?;
+    }
+    // It becomes the root folder, so it looks like the uppermost layer's.
+    let like = fs::metadata(top)?;
+    fs::set_permissions("upper", Permissions::from_mode(like.mode() & 0o7777))?;
+    chown("upper", Some(like.uid()), Some(like.gid()))?;
+    let lower: Vec<_> = (0..count).rev().map(|index| index.to_string()).collect();
+    let options = format!("lowerdir={}:s,upperdir=upper,workdir=work", lower.join(":"));
+    Ok(mount("overlay", "root", "overlay", MountFlags::empty(), Some(CString::new(options)?.as_c_str()))?)
+}

@@ -1,0 +1,33 @@
+//! A process that goes on with this one's memory, for what must happen in name spaces of its own.
+
+use std::io;
+
+use rustix::process::Pid;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Starts a process that runs `child` and ends with what that returns. Call this only where this process has one thread.
+///
+/// # Errors
+/// No process is left.
+pub fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    // SAFETY: the process has one thread, so the child has everything that it has, and no lock is held by a thread that
+    // the child lacks. The child never returns from here.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            let status = child();
+            // SAFETY: ends this process; what the parent wants done at its exit is the parent's.
+            unsafe { libc::_exit(status.into()) }
+        }
+        pid => Ok(Pid::from_raw(pid).unwrap_or_else(|| unreachable!("fork gives the child's number"))),
+    }
+}
+
+/// Leaves the parent's name spaces for new ones. With `NEWPID` it is the next child that enters the new one.
+///
+/// # Errors
+/// Not root, or the kernel has none of these.
+pub fn unshare(flags: UnshareFlags) -> io::Result<()> {
+    // SAFETY: name spaces are no memory; descriptors and the file-system context are not unshared here.
+    Ok(unsafe { unshare_unsafe(flags) }?)
+}
