@@ -93,7 +93,7 @@ fn holds_image(path: &Path, packing: Packing, mut file: &File) -> Result<bool, I
     let mut tar = TarReader::new(decode::unpacked(packing, file).map_err(failed)?);
     let mut seen = 0;
     let found = loop {
-        let entry = tar.next().map_err(|source| ImageError::Archive { path: path.into(), source })?;
+        let entry = tar.next_entry().map_err(|source| ImageError::Archive { path: path.into(), source })?;
         let Some(entry) = entry else { break false };
         let name = String::from_utf8_lossy(&entry.path);
         let name = name.trim_start_matches("./");

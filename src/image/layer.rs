@@ -99,7 +99,7 @@ impl Layer {
     ) -> Result<(Writer<W>, TarReader<R>), LayerError> {
         let mut writer = Writer::new(out).map_err(LayerError::Write)?;
         let mut reader = TarReader::new(archive);
-        while let Some(entry) = reader.next()? {
+        while let Some(entry) = reader.next_entry()? {
             self.add(entry, &mut reader, &mut writer)?;
         }
         Ok((writer, reader))

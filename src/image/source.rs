@@ -67,7 +67,7 @@ impl Archive {
         let (mut files, mut links) = (HashMap::new(), HashMap::new());
         // Skips by reading: the page cache is about to be read anyhow, and only small parts are copied.
         let mut reader = TarReader::new(Seeker { file: file.clone(), at: 0 });
-        while let Some(entry) = reader.next().map_err(failed)? {
+        while let Some(entry) = reader.next_entry().map_err(failed)? {
             let name = clean(&String::from_utf8_lossy(&entry.path));
             let at = reader.get_ref().at;
             let whole = at.checked_add(entry.size).is_some_and(|last| last <= end);

@@ -109,7 +109,7 @@ impl<R: Read> TarReader<R> {
     ///
     /// # Errors
     /// The archive is broken or cannot be read.
-    pub fn next(&mut self) -> Result<Option<Entry>, TarError> {
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         let mut extensions = Extensions::default();
         for _ in 0..MAX_EXTENSIONS {
             self.skip()?;
@@ -417,7 +417,7 @@ mod tests {
         let read = |bytes: &[u8]| -> Result<usize, TarError> {
             let mut reader = TarReader::new(bytes);
             let mut count = 0;
-            while let Some(entry) = reader.next()? {
+            while let Some(entry) = reader.next_entry()? {
                 assert_eq!(entry.path.len(), 200);
                 count += 1;
             }

@@ -47,7 +47,7 @@ pub fn unpack(mut archive: File, work: &Path) -> io::Result<()> {
 fn check(archive: &File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut entries = TarReader::new(BufReader::new(archive));
     let mut folders = 0;
-    while let Some(entry) = entries.next()? {
+    while let Some(entry) = entries.next_entry()? {
         folders += usize::from(entry.kind == b'5');
         if folders > MAX_FOLDERS {
             return Err("the guest sends too many folders".into());
