@@ -12,7 +12,7 @@ use super::vsock;
 pub fn send(path: &str, stream: &mut vsock::Stream) -> io::Result<()> {
     let path = Path::new(path);
     // Of "/" and of "..", all there is.
-    let name = path.file_name().map_or_else(|| Path::new(".").into(), Path::new);
+    let name = path.file_name().map_or_else(|| Path::new("."), Path::new);
     let mut archive = tar::Builder::new(BufWriter::with_capacity(MAX_FRAME, Frames(stream)));
     append(&mut archive, name, path).map_err(|e| named(path, &e))?;
     archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;

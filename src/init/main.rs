@@ -112,7 +112,7 @@ fn unless_busy(error: rustix::io::Errno) -> rustix::io::Result<()> {
 /// What is run.
 enum Program {
     /// A container's, which is there.
-    Container(GuestSpec),
+    Container(Box<GuestSpec>),
     /// The words of the kernel's command line, in the initramfs.
     Words(Vec<OsString>),
 }
@@ -120,7 +120,7 @@ enum Program {
 /// Makes the container, where the host wants one.
 fn prepare() -> Result<Program, Failed> {
     match container::spec()? {
-        Some(spec) => container::enter(&spec).map(|()| Program::Container(spec)),
+        Some(spec) => container::enter(&spec).map(|()| Program::Container(Box::new(spec))),
         None => Ok(Program::Words(std::env::args_os().skip(1).collect())),
     }
 }
@@ -129,19 +129,19 @@ fn prepare() -> Result<Program, Failed> {
 fn run(program: Program, mark: &dyn Fn(Phase)) -> Result<u8, Failed> {
     thread::Builder::new().name("reaper".into()).spawn(|| programs::reap()).map_err(failed("the reaper"))?;
     match program {
-        Program::Container(GuestSpec { process, agent: true, .. }) => {
+        Program::Container(spec) if spec.agent => {
             let (streams, requests) = vsock::connect(PORT)
                 .and_then(|streams| Ok((streams, vsock::connect(PORT)?)))
                 .map_err(failed("the host cannot be reached (virtio-vsock)"))?;
             agent::start(requests).map_err(failed("the host's requests cannot be taken"))?;
             mark(Phase::WorkloadStart);
-            Ok(session::run_main(&process, streams))
+            Ok(session::run_main(&spec.process, streams))
         }
-        Program::Container(GuestSpec { process, .. }) => {
+        Program::Container(spec) => {
             mark(Phase::WorkloadStart);
-            let name = process.args.first().map_or("no program".into(), String::clone);
+            let name = spec.process.args.first().map_or("no program".into(), String::clone);
             let streams = || [Stdio::inherit(), Stdio::inherit(), Stdio::inherit()];
-            Ok(run_here(&name, || container::start(&process, streams())))
+            Ok(run_here(&name, || container::start(&spec.process, streams())))
         }
         Program::Words(words) => {
             mark(Phase::WorkloadStart);

@@ -78,8 +78,10 @@ fn ended() -> Option<Pid> {
     loop {
         // SAFETY: the kernel writes to `info` alone, which is valid for that.
         if unsafe { libc::waitid(libc::P_ALL, 0, info.as_mut_ptr(), options) } == 0 {
-            // SAFETY: all zeros is a value, and the kernel has written a SIGCHLD's over it, which has a process number.
-            return Pid::from_raw(unsafe { info.assume_init_ref().si_pid() });
+            // SAFETY: all zeros is a value, and the kernel has written another over it.
+            let info = unsafe { info.assume_init() };
+            // SAFETY: what waitid gives is of the kind of SIGCHLD's, which has a process number.
+            return Pid::from_raw(unsafe { info.si_pid() });
         }
         if io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
             return None;
