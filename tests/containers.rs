@@ -13,7 +13,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Host, assert_fails, stderr, stdout};
+use common::{Host, SPIN, assert_fails, in_child, own_session, stderr, stdout, terminal};
 use microvm::guest::wire::{Kind, read_frame, write_frame};
 
 /// More than anything here takes.
@@ -268,4 +268,48 @@ fn what_is_no_answer_is_told() -> io::Result<()> {
         assert_fails(&fake.run(&["cp", path, "copy"]), 1, &["web", "no frame"]);
     }
     Ok(())
+}
+
+/// What `microvm run` needs, with a guest that does nothing for ever.
+fn spinning() -> Host {
+    let mut host = Host::new();
+    host.env = vec![("MICROVM_INIT".into(), env!("CARGO_BIN_EXE_microvm-init").into())];
+    let kernel = host.kernel(&SPIN);
+    let rootfs = host.file("rootfs.tar", &archive("etc/passwd", b"root:x:0:0::/:/bin/sh\n"));
+    for words in [["kernel", "import"], ["image", "import"]] {
+        let file = if words[0] == "kernel" { &kernel } else { &rootfs };
+        let output = host.microvm(words).arg(file).args(["--name", "box"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
+    host
+}
+
+const RUN: [&str; 6] = ["run", "--allow-software-kvm", "--memory", "256M", "--network", "none"];
+
+/// Waits until a container of this name runs and its VM answers.
+fn until_it_runs(host: &Host, name: &str) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let output = host.microvm(["ps", "--quiet"]).output().unwrap();
+        if stdout(&output).lines().any(|line| line == name) {
+            return;
+        }
+        assert!(Instant::now() < end, "it does not start");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn ctrl_c_ends_a_guest_that_does_not_come_as_far_as_its_program() {
+    let host = spinning();
+    let (mut ours, theirs) = terminal();
+    let mut command = host.microvm(RUN);
+    command.args(["-it", "--name", "t", "box", "true"]).stdin(theirs);
+    let child =
+        in_child(&mut command, own_session).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    until_it_runs(&host, "t");
+    ours.write_all(b"\x03").unwrap();
+    assert_eq!(finish(child).status.code(), Some(130));
+    let output = host.microvm(["inspect", "t"]).output().unwrap();
+    assert!(stdout(&output).contains("\"ExitCode\": 130"), "{}", stdout(&output));
 }

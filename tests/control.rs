@@ -351,9 +351,17 @@ fn ps_lists_the_living_and_with_all_the_dead() {
     assert!(dead.contains("dead"), "{all}");
     assert_fails(&station.run(&["ctl", "db", "state"]), 1, &["db", "dead"]);
     // The name is free for a new one.
-    let db = station.idle("db");
+    let mut db = station.idle("db");
     db.assert_serves();
     assert_eq!(stdout(&station.run(&["ps", "-q"])), "db\nweb\n");
+    // What dead ones left can be removed, and nothing of a living one.
+    db.child.kill().unwrap();
+    db.child.wait().unwrap();
+    let output = station.run(&["prune", "--force"]);
+    assert!(output.status.success() && stdout(&output).contains("1 dead VMs"), "{output:?}");
+    assert_eq!(stdout(&station.run(&["ps", "--all", "-q"])), "web\n");
+    assert!(!db.socket.exists());
+    web.assert_serves();
 }
 
 #[test]

@@ -77,7 +77,7 @@ enum Command {
     Wait(wait::WaitArgs),
     /// Remove containers that have ended
     Rm(rm::RmArgs),
-    /// Remove all containers that have ended
+    /// Remove all containers that have ended, and what dead VMs left
     Prune(rm::PruneArgs),
     /// Tell all of containers, as JSON
     Inspect(inspect::InspectArgs),

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use crate::control::{Place, socket_path};
+use crate::control::{Client, ClientError, Place, PlaceError, names, socket_path};
 use crate::guest::wire::{Kind, PORT, Request, read_frame, write_frame, write_json};
 use crate::guest::{ProcessSpec, TerminalSize};
 use crate::sys::signals::{Signal, Signals};
@@ -245,7 +245,26 @@ fn end_by(signal: u8) -> ! {
 
 /// Removes what the VM of an ended container left in the folder of its sockets, where it was killed.
 pub fn forget_vm(container: &Container) {
-    if let Err(e) = Place::forget(&container.record.name, &[SOCKET]) {
-        log::warn!("what is left of the container's sockets stays: {e}");
+    forget(&container.record.name);
+}
+
+/// Removes what all dead VMs left there, and says how many these were.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn forget_dead_vms() -> Result<usize, PlaceError> {
+    let is_dead = |name: &String| {
+        let path = socket_path(name);
+        path.is_ok_and(|path| matches!(Client::connect(name, path), Err(ClientError::Dead { .. })))
+    };
+    let dead: Vec<_> = names()?.into_iter().filter(is_dead).collect();
+    dead.iter().for_each(|name| forget(name));
+    Ok(dead.len())
+}
+
+/// That of a living VM stays.
+fn forget(name: &str) {
+    if let Err(e) = Place::forget(name, &[SOCKET]) {
+        log::warn!("what is left of the sockets of {name} stays: {e}");
     }
 }

@@ -23,7 +23,7 @@ use crate::config::Size;
 use crate::image::ImageError;
 use crate::kernels::KernelError;
 
-pub use agent::{Agent, exec, forget_vm};
+pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
 pub use host::{Cgroup, HostError, HostWishes, Isolation, ParseIsolationError, run_on_host};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};

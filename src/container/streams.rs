@@ -15,7 +15,7 @@ use crate::guest::TerminalSize;
 use crate::guest::wire::{Kind, MAIN_SESSION, PORT, Request, write_json};
 use crate::sandbox::{Confined, Folder, Kept, SandboxError, ThreadKind};
 use crate::sys::daemon::Ready;
-use crate::sys::terminal::{self, RawMode};
+use crate::sys::terminal::{self, Prepared, RawMode};
 use crate::vmm::{Service, SignalSink, Vmm};
 
 use super::log::LogWriter;
@@ -129,7 +129,7 @@ impl Service for Streams {
     fn start(self: Box<Self>, confined: Confined) -> Result<Box<dyn Any>, SandboxError> {
         let Self { options, log, frames, requests } = *self;
         let failed = |source| SandboxError::Thread { thread: "the program's streams".into(), source };
-        let raw = options.terminal.then(RawMode::enter).transpose().map_err(failed)?;
+        let terminal = options.terminal.then(Prepared::look).transpose().map_err(failed)?;
         if options.input {
             let mut input = frames.try_clone().map_err(failed)?;
             // It may wait for a key for ever; the process does not wait for it.
@@ -137,18 +137,26 @@ impl Service for Streams {
                 .spawn(ThreadKind::Streams, "input".into(), STACK, move || relay::send_input(&mut input))?;
         }
         let stream = frames.try_clone().map_err(failed)?;
-        let mut printer =
-            Printer { log: Some(log), attached: options.attached, ready: options.ready, requests };
+        let mut printer = Printer {
+            log: Some(log),
+            attached: options.attached,
+            ready: options.ready,
+            requests,
+            terminal,
+            raw: None,
+        };
         let (done, is_done) = channel();
         let thread = confined.spawn(ThreadKind::Streams, "output".into(), STACK, move || {
             let mut frames = io::BufReader::new(frames);
             let finish = relay::receive(&mut frames, &mut printer);
+            // First: what is said of a failure is for a terminal as it was.
+            printer.raw = None;
             printer.finish(finish);
             // The guest waits for this before it ends the VM.
             let _ = frames.get_ref().shutdown(Shutdown::Both);
             let _ = done.send(());
         })?;
-        Ok(Box::new(Serving { stream, thread: Some(thread), is_done, _raw: raw }))
+        Ok(Box::new(Serving { stream, thread: Some(thread), is_done }))
     }
 }
 
@@ -157,7 +165,6 @@ struct Serving {
     stream: UnixStream,
     thread: Option<JoinHandle<Option<()>>>,
     is_done: Receiver<()>,
-    _raw: Option<RawMode>,
 }
 
 impl Drop for Serving {
@@ -167,6 +174,7 @@ impl Drop for Serving {
         let _ = self.stream.shutdown(Shutdown::Both);
         if self.is_done.recv_timeout(SHOW_BOUND) == Err(RecvTimeoutError::Timeout) {
             // A program that ended by itself has waited for its output. The thread ends with this process.
+            terminal::restore();
             log::warn!("nobody reads what the program printed: the rest is lost");
             return;
         }
@@ -184,10 +192,17 @@ struct Printer {
     attached: bool,
     ready: Option<Ready>,
     requests: Arc<Requests>,
+    /// Until the program has it: before, Ctrl-C ends the VM.
+    terminal: Option<Prepared>,
+    raw: Option<RawMode>,
 }
 
 impl relay::Receiver for Printer {
     fn started(&mut self, _session: u32) {
+        if let Some(terminal) = self.terminal.take() {
+            let raw = terminal.enter().inspect_err(|e| log::warn!("the terminal cannot be made raw: {e}"));
+            self.raw = raw.ok();
+        }
         self.requests.started.store(true, Ordering::Release);
         self.ready.take().into_iter().for_each(Ready::tell);
     }
@@ -232,7 +247,7 @@ mod tests {
             Some(())
         });
         // It ends although the thread goes on.
-        drop(Serving { stream, thread: Some(thread), is_done, _raw: None });
+        drop(Serving { stream, thread: Some(thread), is_done });
         release.send(()).unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! What a guest that runs a container is told by its host: one JSON file in its initramfs, which `microvm-init` reads, and
 //! what the two say to each other while it runs ([`wire`]).
 
+pub mod archive;
 pub mod users;
 pub mod wire;
 

@@ -1,9 +1,9 @@
 //! Files and folders of the container as tar archives, for `microvm cp`.
 
-use std::fs;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::Path;
 
+use microvm::guest::archive::append;
 use microvm::guest::wire::{Kind, MAX_FRAME, read_frame, write_frame};
 
 use super::vsock;
@@ -11,17 +11,10 @@ use super::vsock;
 /// Sends the file or folder at `path`, under its own name; a link as a link. An empty frame is the end.
 pub fn send(path: &str, stream: &mut vsock::Stream) -> io::Result<()> {
     let path = Path::new(path);
-    let meta = fs::symlink_metadata(path).map_err(|e| named(path, &e))?;
     // Of "/" and of "..", all there is.
     let name = path.file_name().map_or_else(|| Path::new(".").into(), Path::new);
     let mut archive = tar::Builder::new(BufWriter::with_capacity(MAX_FRAME, Frames(stream)));
-    archive.follow_symlinks(false);
-    let added = if meta.is_dir() {
-        archive.append_dir_all(name, path)
-    } else {
-        archive.append_path_with_name(path, name)
-    };
-    added.map_err(|e| named(path, &e))?;
+    append(&mut archive, name, path).map_err(|e| named(path, &e))?;
     archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
     write_frame(stream, Kind::Output, &[])
 }

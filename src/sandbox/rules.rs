@@ -442,7 +442,7 @@ const STREAMS: &[Rule] = &[
     allow_if(
         libc::SYS_ioctl,
         &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
+        "a terminal is the program's while that runs; a panic gives it back",
     ),
     PRCTL_GET_NAME,
 ];

@@ -46,24 +46,48 @@ pub fn size() -> Option<(u16, u16)> {
     (size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))
 }
 
+/// A terminal as it is, and may become.
+pub struct Prepared {
+    before: Termios,
+    raw: Termios,
+}
+
 impl RawMode {
     /// Makes the terminal on standard input raw. Output processing stays, so that the log's lines keep their shape.
     ///
     /// # Errors
     /// Standard input is no terminal, or one that has gone away.
     pub fn enter() -> io::Result<Self> {
+        Prepared::look()?.enter()
+    }
+}
+
+impl Prepared {
+    /// Looks at the terminal on standard input, so that [`Prepared::enter`] makes one system call alone.
+    ///
+    /// # Errors
+    /// Standard input is no terminal, or one that has gone away.
+    pub fn look() -> io::Result<Self> {
         let before = tcgetattr(stdin())?;
         let mut raw = before.clone();
         raw.make_raw();
         raw.output_modes = before.output_modes;
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();
             hook(info);
         }));
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-        Ok(Self(()))
+        Ok(Self { before, raw })
+    }
+
+    /// Makes it raw.
+    ///
+    /// # Errors
+    /// It has gone away.
+    pub fn enter(self) -> io::Result<RawMode> {
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.before);
+        tcsetattr(stdin(), OptionalActions::Now, &self.raw)?;
+        Ok(RawMode(()))
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::container::{Agent, Container, ContainerError, Containers};
+use crate::guest::archive::append;
 use crate::guest::wire::Request;
 
 use super::super::CliError;
@@ -161,12 +162,9 @@ fn is_folder(container: &Container, path: &str) -> bool {
 /// An archive of `source`, in a file without a name.
 fn pack(source: &Path, name: &Path) -> io::Result<impl Read + use<>> {
     let mut archive = tar::Builder::new(io::BufWriter::new(tempfile()?));
-    archive.follow_symlinks(false);
-    if source.is_dir() {
-        archive.append_dir_all(name, source)?;
-    } else {
-        archive.append_path_with_name(source, name)?;
-    }
+    // A link to a folder that is named itself stands for the folder.
+    let path = if source.is_dir() { source.canonicalize()? } else { source.into() };
+    append(&mut archive, name, &path)?;
     let mut file = archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.flush()?;
     file.rewind()?;

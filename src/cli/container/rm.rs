@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use clap::Args;
 
 use crate::config::Size;
-use crate::container::{Container, ContainerError, Containers, State, forget_vm};
+use crate::container::{Container, ContainerError, Containers, State, forget_dead_vms, forget_vm};
 
 use super::super::CliError;
 use super::for_each;
@@ -100,7 +100,8 @@ pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
         }
     }
     all.clean()?;
-    writeln!(out, "{removed} containers removed, {} freed", Size(freed))?;
+    let dead = forget_dead_vms()?;
+    writeln!(out, "{removed} containers and {dead} dead VMs removed, {} freed", Size(freed))?;
     Ok(status)
 }
 
