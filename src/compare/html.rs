@@ -70,8 +70,11 @@ fn bars(report: &Report, index: usize) -> String {
     let unit = if first.unit.is_empty() { String::new() } else { format!(", {}", first.unit) };
     let height = ROW * rows.len() as f64 + 4.0;
     let mut out = format!("<h2>{}{unit}</h2>\n", capital(first.name));
-    let _ =
-        writeln!(out, "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">", first.name);
+    let _ = writeln!(
+        out,
+        "<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">",
+        first.name
+    );
     for (row, (series, measure)) in rows.iter().enumerate() {
         let top = ROW * row as f64;
         let middle = top + ROW / 2.0;
@@ -108,7 +111,7 @@ fn bars(report: &Report, index: usize) -> String {
         let x = LEFT + median.max(p95) + 10.0;
         let _ = writeln!(out, "<text x=\"{x:.1}\" y=\"{text}\">{}{ratio}</text>", short(summary.median));
     }
-    out.push_str("</svg>\n");
+    out.push_str("</svg></div>\n");
     out
 }
 
@@ -132,7 +135,7 @@ fn timeline(report: &Report) -> String {
     }
     let _ = writeln!(
         out,
-        "</ul>\n<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"stages of a run\">"
+        "</ul>\n<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"stages of a run\">"
     );
     for (row, series) in report.series.iter().enumerate() {
         let top = ROW * row as f64;
@@ -155,9 +158,9 @@ fn timeline(report: &Report) -> String {
         }
         let _ = writeln!(out, "<text x=\"{:.1}\" y=\"{text}\">{} ms</text>", x + 10.0, short(total(series)));
     }
-    out.push_str("</svg>\n<div class=\"scroll\"><table>\n<tr><th>stage</th>");
+    out.push_str("</svg></div>\n<div class=\"scroll\"><table>\n<tr><th>stage</th>");
     for series in &report.series {
-        let _ = write!(out, "<th>{}, ms</th><th></th>", series.isolation.name());
+        let _ = write!(out, "<th>{}, ms</th><th class=\"words\"></th>", series.isolation.name());
     }
     out.push_str("</tr>\n");
     for (index, name) in names.iter().enumerate() {
@@ -176,7 +179,7 @@ fn stage_cells(stage: &Stage) -> String {
 
 fn figures(report: &Report) -> String {
     let mut out = String::from(
-        "<h2>All figures</h2>\n<div class=\"scroll\"><table>\n<tr><th>measure</th><th>isolation</th><th>min</th>\
+        "<h2>All figures</h2>\n<div class=\"scroll\"><table>\n<tr><th>measure</th><th class=\"words\">isolation</th><th>min</th>\
          <th>median</th><th>95 %</th>",
     );
     let _ = writeln!(out, "<th>to {}</th><th>95 % interval</th></tr>", report.base());
@@ -195,7 +198,7 @@ fn figures(report: &Report) -> String {
             });
             let _ = writeln!(
                 out,
-                "<tr{class}><td>{name}</td><td>{}</td><td>{min}</td><td>{median}</td><td>{p95}</td><td>{ratio}</td>\
+                "<tr{class}><td>{name}</td><td class=\"words\">{}</td><td>{min}</td><td>{median}</td><td>{p95}</td><td>{ratio}</td>\
                  <td>{interval}</td></tr>",
                 series.isolation.name()
             );

@@ -61,7 +61,7 @@ type Figure = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
 const FIGURES: [Figure; 4] = [
     ("exec to program's start", "ms", |sample| sample.start_ns.map(ms)),
     ("exec to exit", "ms", |sample| Some(ms(sample.total_ns))),
-    ("memory, peak", "MiB", |sample| sample.memory_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))),
+    ("peak memory", "MiB", |sample| sample.memory_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))),
     ("VM exits", "", |sample| sample.exits.map(|exits| exits as f64)),
 ];
 

@@ -53,13 +53,13 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
     rootfs::enter()?;
     for file in &files {
         if let Err(e) = file.put() {
-            eprintln!("microvm-init: {}: {e}", file.path());
+            say!("{}: {e}", file.path());
         }
     }
     // Behind the files, none of which is written into a folder of the host's.
     shares::mount_all(&spec.mounts)?;
     if let Err(e) = network::set_up(spec.network.as_ref()) {
-        eprintln!("microvm-init: the network cannot be set up: {e}");
+        say!("the network cannot be set up: {e}");
     }
     Ok(())
 }

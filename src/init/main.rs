@@ -5,6 +5,15 @@
 //! command line. On the way it writes the timeline's marks to I/O port 0x80. With the word
 //! `microvm.exit_code_port=PORT` on the command line the program's status becomes that of `microvm`.
 
+/// Says something on the console, where there is one: a guest need not have any, and writing to none must not end process 1,
+/// as `eprintln!` would.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), "microvm-init: {}", format_args!($($words)*));
+    }};
+}
+
 mod agent;
 mod archive;
 mod console;
@@ -62,7 +71,7 @@ fn main() {
     mount_all();
     if let Some(result) = modules::load_all() {
         console::reopen();
-        result.unwrap_or_else(|e| eprintln!("microvm-init: {e}"));
+        result.unwrap_or_else(|e| say!("{e}"));
     }
     // A container need not have the file that says which.
     let status_port = status_port();
@@ -72,7 +81,7 @@ fn main() {
     let status = match program.and_then(|program| run(program, &mark)) {
         Ok(status) => status,
         Err(Failed(words)) => {
-            eprintln!("microvm-init: {words}");
+            say!("{words}");
             tell_host(words);
             NOT_STARTED
         }
@@ -100,7 +109,7 @@ fn mount_all() {
         let _ = std::fs::create_dir(target);
         // Busy: the kernel has mounted it already.
         if let Err(e) = mount(kind, target, kind, flags, None).or_else(unless_busy) {
-            eprintln!("microvm-init: {target} cannot be mounted: {e}");
+            say!("{target} cannot be mounted: {e}");
         }
     }
 }
@@ -168,7 +177,7 @@ fn run_here(name: &str, start: impl FnOnce() -> io::Result<Child>) -> u8 {
     match programs::start(start).and_then(|(_, mut status)| status.read_exact(&mut code)) {
         Ok(()) => code[0],
         Err(e) => {
-            eprintln!("microvm-init: {name} cannot be run: {e}");
+            say!("{name} cannot be run: {e}");
             status_of(&e)
         }
     }
@@ -209,7 +218,7 @@ fn status_port() -> Option<Port> {
 fn end() -> ! {
     rustix::fs::sync();
     if let Err(e) = reboot(RebootCommand::PowerOff) {
-        eprintln!("microvm-init: the machine cannot be switched off: {e}");
+        say!("the machine cannot be switched off: {e}");
     }
     // Process 1 must not end: the kernel would panic.
     loop {

@@ -132,7 +132,7 @@ fn mount_surroundings() -> Result<(), Failed> {
         // Below another mount.
         let _ = fs::create_dir(&target);
         if let Err(e) = mount(kind, &target, kind, flags, options) {
-            eprintln!("microvm-init: {kind} cannot be mounted: {e}");
+            say!("{kind} cannot be mounted: {e}");
         }
     }
     for (target, name) in [

@@ -63,10 +63,9 @@ busybox grep -c box /etc/hosts; echo mine >/srv/x; busybox cat /srv/x; echo erro
 #[ignore = "needs hardware-grade KVM"]
 fn isolations_show_the_same_container() {
     let host = host();
-    for flags in [
-        &["--hostname", "box"][..],
-        &["--hostname", "box", "-u", "web", "-w", "/srv/new", "-e", "OWN=x y", "--read-only"],
-    ] {
+    for flags in
+        [&["--hostname", "box"][..], &["--hostname", "box", "-u", "web:6", "-w", "/tmp/new", "-e", "OWN=x y"]]
+    {
         let words = [flags, &["two", "sh", "-c", LOOK]].concat();
         let [vm, container, process] = ALL.map(|isolation| run(&host, isolation, &words));
         assert_eq!(vm.status.code(), Some(9), "{}", stderr(&vm));
@@ -91,6 +90,7 @@ fn isolations_end_alike() {
         (&["two", "/etc/passwd"], 126),
         (&["two", "/opt"], 126),
         (&["-u", "nobody", "two", "true"], 125),
+        (&["--read-only", "two", "sh", "-c", "echo >/srv/x || exit 5"], 5),
         (&["two", "sh", "-c", "sh -c 'kill -9 $$'; exit $?"], 137),
         (&["--timeout", "5s", "two", "busybox", "sleep", "1000"], 124),
     ] {
