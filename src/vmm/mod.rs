@@ -51,9 +51,12 @@ pub struct Vmm {
     kind: ThreadKind,
     vsock: Option<Arc<HostSocket>>,
     signals: Option<Box<dyn SignalSink>>,
-    at_end: Option<Box<dyn FnOnce(&End)>>,
+    at_end: Option<AtEnd>,
     services: Vec<Box<dyn Service>>,
 }
+
+/// Called with how the VM ended.
+pub type AtEnd = Box<dyn FnOnce(&End)>;
 
 /// Takes the signals that come for this process, for the guest.
 pub trait SignalSink {
@@ -86,7 +89,7 @@ impl Vmm {
     }
 
     /// Calls `at_end` when it is known how the VM ends, before its services end.
-    pub fn at_end(&mut self, at_end: Box<dyn FnOnce(&End)>) {
+    pub fn at_end(&mut self, at_end: AtEnd) {
         self.at_end = Some(at_end);
     }
 

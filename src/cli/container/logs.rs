@@ -50,7 +50,7 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
     let mut watch = args.follow.then(|| Watch::of(&paths)).transpose().map_err(failed)?;
     let mut printer = Printer { timestamps: args.timestamps, at_line_start: true };
     let mut first = Vec::new();
-    while let Some(record) = reader.next().map_err(failed)? {
+    while let Some(record) = reader.next_record().map_err(failed)? {
         match args.tail {
             Some(_) => first.push(record),
             None => printer.print(&record)?,
@@ -60,7 +60,7 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
     while let Some(watch) = &mut watch {
         // In this order: what it printed last is there when it has ended.
         let runs = runs(&container);
-        while let Some(record) = reader.next().map_err(failed)? {
+        while let Some(record) = reader.next_record().map_err(failed)? {
             printer.print(&record)?;
         }
         if !runs {
