@@ -107,7 +107,7 @@ impl LogReader {
     ///
     /// # Errors
     /// The disk fails.
-    pub fn read(&mut self) -> io::Result<Option<LogRecord>> {
+    pub fn next_record(&mut self) -> io::Result<Option<LogRecord>> {
         loop {
             let record = self.next_here();
             // Asked behind the reading: only now is what was read known to be of one piece.
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     fn all(reader: &mut LogReader) -> Vec<LogRecord> {
-        std::iter::from_fn(|| reader.read().unwrap()).collect()
+        std::iter::from_fn(|| reader.next_record().unwrap()).collect()
     }
 
     #[test]
@@ -249,7 +249,7 @@ mod tests {
         (0..20).for_each(|number| log.add(Kind::Output, &record(number)).unwrap());
         let mut reader = LogReader::open(folder.path()).unwrap();
         for number in 0..10 {
-            assert_eq!(reader.read().unwrap().unwrap().bytes, record(number));
+            assert_eq!(reader.next_record().unwrap().unwrap().bytes, record(number));
         }
         let last = 4 * 300;
         (20..last).for_each(|number| log.add(Kind::Output, &record(number)).unwrap());

@@ -111,7 +111,8 @@ pub struct Failure {
 /// The stream's. More than [`MAX_FRAME`] bytes are no frame.
 pub fn write_frame(to: &mut impl Write, kind: Kind, bytes: &[u8]) -> io::Result<()> {
     let len = u32::try_from(bytes.len()).ok().filter(|len| *len as usize <= MAX_FRAME);
-    let len = len.ok_or(io::ErrorKind::InvalidInput)?;
+    let too_much = || io::Error::new(io::ErrorKind::InvalidInput, "more than 64 KiB at once");
+    let len = len.ok_or_else(too_much)?;
     // In one piece: each write is a packet.
     let mut frame = Vec::with_capacity(HEAD + bytes.len());
     frame.push(kind as u8);

@@ -34,4 +34,4 @@ pub use reference::{ParseReferenceError, Reference};
 pub use remove::{Removed, prune, remove};
 pub use source::MAX_JSON;
 pub use store::{Guard, Store, keep};
-pub use tar::{TarError, TarReader};
+pub use tar::{TarError, count_folders};

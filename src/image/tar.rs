@@ -65,6 +65,18 @@ pub struct Entry {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+/// Reads an archive to its end, so that it is known that nothing in it wants too much memory, and counts its folders.
+///
+/// # Errors
+/// The archive is broken or cannot be read.
+pub fn count_folders(archive: impl Read) -> Result<usize, TarError> {
+    let (mut entries, mut folders) = (TarReader::new(archive), 0);
+    while let Some(entry) = entries.next_entry()? {
+        folders += usize::from(entry.kind == b'5');
+    }
+    Ok(folders)
+}
+
 /// An archive that is being read.
 pub struct TarReader<R> {
     inner: R,

@@ -55,7 +55,7 @@ pub struct Vmm {
     services: Vec<Box<dyn Service>>,
 }
 
-/// Is told how a VM ended.
+/// Called with how the VM ended.
 pub type AtEnd = Box<dyn FnOnce(&End)>;
 
 /// Takes the signals that come for this process, for the guest.

@@ -50,7 +50,7 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
     let watch = args.follow.then(|| watch(&container, &reader)).transpose().map_err(failed)?;
     let mut printer = Printer { timestamps: args.timestamps, at_line_start: true };
     let mut first = Vec::new();
-    while let Some(record) = reader.read().map_err(failed)? {
+    while let Some(record) = reader.next_record().map_err(failed)? {
         match args.tail {
             Some(_) => first.push(record),
             None => printer.print(&record)?,
@@ -60,7 +60,7 @@ pub fn run(args: &LogsArgs) -> Result<u8, CliError> {
     if let Some(mut watch) = watch {
         let mut happened = Happened::Change;
         loop {
-            while let Some(record) = reader.read().map_err(failed)? {
+            while let Some(record) = reader.next_record().map_err(failed)? {
                 printer.print(&record)?;
             }
             // In this order: what it printed last is there when it has ended.

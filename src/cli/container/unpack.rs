@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tar::EntryType;
 
-use crate::image::TarReader;
+use crate::image::count_folders;
 
 /// Folders of an archive. What is known of each stays in memory until its files are there.
 const MAX_FOLDERS: usize = 1 << 17;
@@ -19,7 +19,10 @@ const MAX_FOLDERS: usize = 1 << 17;
 /// It is no archive, or one that wants more than any file needs; the disk is full.
 pub fn unpack(mut archive: File, work: &Path) -> io::Result<()> {
     archive.rewind()?;
-    check(&archive).map_err(io::Error::other)?;
+    // The `tar` crate would read names of any length into memory.
+    if count_folders(BufReader::new(&archive)).map_err(io::Error::other)? > MAX_FOLDERS {
+        return Err(io::Error::other("the guest sends too many folders"));
+    }
     archive.rewind()?;
     let mut archive = tar::Archive::new(archive);
     archive.set_preserve_permissions(false);
@@ -41,19 +44,6 @@ pub fn unpack(mut archive: File, work: &Path) -> io::Result<()> {
     // Last, and what is inside first: nothing could be made in one that is read-only.
     folders.sort_by(|a, b| b.path_bytes().cmp(&a.path_bytes()));
     folders.iter_mut().try_for_each(|folder| folder.unpack_in(work).map(drop))
-}
-
-/// Refuses what the `tar` crate would read into memory, however much it is.
-fn check(archive: &File) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut entries = TarReader::new(BufReader::new(archive));
-    let mut folders = 0;
-    while let Some(entry) = entries.next_entry()? {
-        folders += usize::from(entry.kind == b'5');
-        if folders > MAX_FOLDERS {
-            return Err("the guest sends too many folders".into());
-        }
-    }
-    Ok(())
 }
 
 /// Moves the one thing in `work` to `folder`, as `name`: how the guest calls it does not count.
