@@ -44,6 +44,7 @@ Examples:
   microvm run -d --name web -p 8080:80 nginx && microvm logs -f web
   microvm run --rm -v ./src:/src:ro -v cache:/cache -w /src rust cargo build
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
+  sudo microvm run --rm --isolation container alpine id      # the same image on the host's kernel
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
 
 /// Flags of `microvm run`.

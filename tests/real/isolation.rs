@@ -215,3 +215,28 @@ fn a_comparison_has_all_figures() {
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("is not the first sample's"), "{}", stderr(&output));
 }
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn an_images_links_lead_nowhere_else() {
+    let host = host();
+    let outside = host.file("passwd", b"evil:x:1:1::/:\n");
+    let out = format!("/../..{}", outside.display());
+    let archive = Tar(Vec::new())
+        .dir("etc")
+        .link("etc/passwd", &out)
+        .link("etc/hosts", &format!("{out}.made"))
+        .link("dev", &format!("/../..{}", host.dir.path().display()))
+        .end();
+    let path = host.file("links.tar", &archive);
+    let import = ["image", "import", path.to_str().unwrap(), "--name", "links"];
+    assert!(host.microvm(import).status().unwrap().success());
+    let before = host.files();
+    for isolation in ["container", "process"] {
+        let output = run(&host, isolation, &["-u", "evil", "links", "/x"]);
+        assert_eq!(output.status.code(), Some(125), "{isolation}");
+        assert!(stderr(&output).contains("no user \"evil\""), "{isolation}: {}", stderr(&output));
+        assert_eq!(run(&host, isolation, &["links", "/x"]).status.code(), Some(125), "{isolation}");
+    }
+    assert_eq!(host.files(), before, "something was made outside");
+}
