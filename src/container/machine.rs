@@ -78,15 +78,20 @@ impl Machine {
     /// # Errors
     /// One of them is not there, or nothing says what to run.
     pub fn of(wanted: &Wanted) -> Result<Self, ContainerError> {
+        // What is missing is said before anything takes long, and before what is only worth a warning.
+        let kernels = KernelStore::of_user()?;
+        let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
         let store = Store::open()?;
         let image = ensure(&store, &wanted.image, wanted.pull, &PullOptions::default())?.record;
         let lease = store.lease(&image)?;
         let run = store.config(&image)?.config.unwrap_or_default();
         let layers = store.layers(&image);
         let ids: Vec<_> = (0..layers.len()).map(|n| format!("layer{n}")).collect();
-        let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
+        let process = plan(&run, &wanted.changes, &wanted.hostname)?;
+        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
         let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| volume.place(number));
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
             layers: ids.clone(),
             storage: wanted.storage.then(|| storage::ID.into()),
@@ -95,10 +100,8 @@ impl Machine {
             network,
             mounts,
             agent: true,
-            process: plan(&run, &wanted.changes, &wanted.hostname)?,
+            process,
         };
-        let kernels = KernelStore::of_user()?;
-        let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
         let initramfs = initramfs(&kernel, &spec)?;
         let mut config = VmConfig::new(kernel.path);
         config.kernel.initrd = Some(format!("/proc/self/fd/{}", initramfs.as_raw_fd()).into());
@@ -113,7 +116,6 @@ impl Machine {
         config.name = Some(wanted.name.clone());
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
         config.disks = layers.into_iter().zip(ids).map(disk).collect();
-        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
         let image_id = image.config.to_string();
         Ok(Self { config, lease, initramfs, process: spec.process, image_id, stop_signal })
     }
