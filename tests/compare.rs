@@ -48,6 +48,8 @@ fn a_failed_sample_ends_the_comparison() {
     // No kernel was imported.
     let output = microvm(&host, "compare --isolation vm --runs 1 box -- /bin/x");
     assert_fails(&output, 1, &["nothing is compared: vm, warm-up", "status 125", "microvm kernel import"]);
+    let kernel = host.kernel(&common::power_off());
+    assert!(host.microvm(["kernel", "import"]).arg(kernel).status().unwrap().success());
     let output = microvm(&host, "compare --isolation vm --runs 1 nobox");
     assert_fails(&output, 1, &["nothing is compared", "nobox"]);
     let page = host.dir.path().join("page.html");
@@ -94,7 +96,11 @@ fn mounting_needs_root() {
     };
     set(dir.path());
     let program = dir.path().join("microvm");
-    fs::copy(env!("CARGO_BIN_EXE_microvm"), &program).unwrap();
+    // By another program: a descriptor for writing that another test's child took over just now would keep it from being run.
+    let copied = std::process::Command::new("cp")
+        .args([env!("CARGO_BIN_EXE_microvm").as_ref(), program.as_os_str()])
+        .status();
+    assert!(copied.unwrap().success());
     let mut command = std::process::Command::new(&program);
     command
         .args(["run", "--isolation", "container", "box", "x"])
