@@ -266,11 +266,7 @@ const VSOCK_WORKER: &[Rule] = &[
     allow(libc::SYS_recvfrom, "a host's program to the guest"),
     allow(libc::SYS_sendto, "the guest to a host's program"),
     allow(libc::SYS_timerfd_settime, "the time limits of connections"),
-    allow_if(
-        libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
-    ),
+    RESTORE_TERMINAL,
     PRCTL_GET_NAME,
 ];
 
@@ -296,11 +292,7 @@ const VCPU: &[Rule] = &[
 const CONSOLE: &[Rule] = &[
     allow(libc::SYS_poll, "is there room for output"),
     allow(libc::SYS_ppoll, "is there room for output"),
-    allow_if(
-        libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
-    ),
+    RESTORE_TERMINAL,
     PRCTL_GET_NAME,
 ];
 
@@ -344,11 +336,7 @@ const SHARES: &[Rule] = &[
     allow(libc::SYS_getdents64, "what a folder holds"),
     allow(libc::SYS_lseek, "where to go on in a folder"),
     allow(libc::SYS_preadv2, "a file into guest memory"),
-    allow_if(
-        libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
-    ),
+    RESTORE_TERMINAL,
     PRCTL_GET_NAME,
 ];
 
@@ -402,11 +390,7 @@ const CLEANER: &[Rule] = &[
         libc::SYS_unlinkat,
         "that socket, or a container that is not kept, at the end; Landlock allows it in their folders alone",
     ),
-    allow_if(
-        libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
-    ),
+    RESTORE_TERMINAL,
     PRCTL_GET_NAME,
 ];
 
@@ -423,11 +407,7 @@ const CONTROL: &[Rule] = &[
         libc::SYS_unlinkat,
         "the socket and its folder at the end; Landlock allows it in their folders alone",
     ),
-    allow_if(
-        libc::SYS_ioctl,
-        &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
-        "a panic gives the terminal back",
-    ),
+    RESTORE_TERMINAL,
     PRCTL_GET_NAME,
 ];
 
@@ -446,6 +426,12 @@ const STREAMS: &[Rule] = &[
     ),
     PRCTL_GET_NAME,
 ];
+
+const RESTORE_TERMINAL: Rule = allow_if(
+    libc::SYS_ioctl,
+    &[Check::Is(1, "request", &[TCSETS, TCSETS2])],
+    "a panic gives the terminal back",
+);
 
 const PRCTL_GET_NAME: Rule = allow_if(
     libc::SYS_prctl,
