@@ -37,29 +37,27 @@ const VM: [Row; 9] = [
     ("end", END, "the guest's end, and microvm's"),
 ];
 
-const CONTAINER: [Row; 9] = [
-    ("microvm", &["start"], "flags"),
-    ("firmware", &[], "none: the host runs"),
-    ("boot record", &[], "none: the host runs"),
-    ("boot loader", &[], "none: the host runs"),
-    ("kernel", &[], "none: the host's"),
-    ("init", &[], "none"),
-    ("process", &["workload-setup"], "layers mounted, the runtime makes name spaces and starts the program"),
-    ("app", &["workload"], "the program, and the runtime's end"),
-    ("end", END, "unmounting, and microvm's end"),
-];
+const CONTAINER: [Row; 9] = on_host(
+    "layers mounted, the runtime makes name spaces and starts the program",
+    "the program, and the runtime's end",
+);
 
-const PROCESS: [Row; 9] = [
-    ("microvm", &["start"], "flags"),
-    ("firmware", &[], "none: the host runs"),
-    ("boot record", &[], "none: the host runs"),
-    ("boot loader", &[], "none: the host runs"),
-    ("kernel", &[], "none: the host's"),
-    ("init", &[], "none"),
-    ("process", &["workload-setup"], "layers mounted, chroot, the program is started"),
-    ("app", &["workload"], "the program"),
-    ("end", END, "unmounting, and microvm's end"),
-];
+const PROCESS: [Row; 9] = on_host("layers mounted, chroot, the program is started", "the program");
+
+/// The stages where the host's kernel runs the program: what makes its process, and what it is.
+const fn on_host(process: &'static str, app: &'static str) -> [Row; 9] {
+    [
+        ("microvm", &["start"], "flags"),
+        ("firmware", &[], "none: the host runs"),
+        ("boot record", &[], "none: the host runs"),
+        ("boot loader", &[], "none: the host runs"),
+        ("kernel", &[], "none: the host's"),
+        ("init", &[], "none"),
+        ("process", &["workload-setup"], process),
+        ("app", &["workload"], app),
+        ("end", END, "unmounting, and microvm's end"),
+    ]
+}
 
 /// The stages of a series: of each the median.
 #[must_use]
