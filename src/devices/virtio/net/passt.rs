@@ -176,18 +176,19 @@ pub fn guest_name_servers() -> Vec<Ipv4Addr> {
 
 /// The host's that are not on its loopback address; systemd-resolved, which puts itself there, says whom it asks.
 fn host_name_servers() -> Vec<Ipv4Addr> {
-    let read = |path| name_servers(&std::fs::read_to_string(path).unwrap_or_default());
-    let outside =
-        |servers: Vec<Ipv4Addr>| servers.into_iter().filter(|s| !s.is_loopback()).collect::<Vec<_>>();
-    let own = outside(read("/etc/resolv.conf"));
-    if own.is_empty() { outside(read("/run/systemd/resolve/resolv.conf")) } else { own }
+    let own = outside_servers("/etc/resolv.conf");
+    if own.is_empty() { outside_servers("/run/systemd/resolve/resolv.conf") } else { own }
+}
+
+fn outside_servers(path: &str) -> Vec<Ipv4Addr> {
+    let file = std::fs::read_to_string(path).unwrap_or_default();
+    name_servers(&file).into_iter().filter(|server| !server.is_loopback()).collect()
 }
 
 /// passt's flags for name servers. Those of `resolv.conf` it finds itself, but for those on the loopback address, which
 /// it keeps the guest from. systemd-resolved, which puts itself there, says whom it asks.
 fn names() -> Vec<String> {
-    let read = |path| name_servers(&std::fs::read_to_string(path).unwrap_or_default());
-    if read("/etc/resolv.conf").iter().any(|server| !server.is_loopback()) {
+    if !outside_servers("/etc/resolv.conf").is_empty() {
         return Vec::new();
     }
     let flags: Vec<_> = host_name_servers().iter().flat_map(|s| ["--dns".into(), s.to_string()]).collect();
