@@ -9,6 +9,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
+use super::fork::divide;
+
 /// Which of the two processes this is.
 pub enum Detached {
     /// The one that goes on.
@@ -27,7 +29,8 @@ pub struct Waiting {
     errors: File,
 }
 
-/// Divides this process in two, of which one has no terminal and its errors shown by the other until it is ready.
+/// Divides this process in two, of which one has no terminal and its errors shown by the other until it is ready. Call this
+/// only where this process has one thread.
 ///
 /// # Errors
 /// No process or descriptor is left.
@@ -35,22 +38,14 @@ pub fn detach() -> io::Result<Detached> {
     let (ready, to_ready) = pipe_with(PipeFlags::CLOEXEC)?;
     let (errors, to_errors) = pipe_with(PipeFlags::CLOEXEC)?;
     let null: OwnedFd = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    // SAFETY: called by the command line before any thread is started, so the child has everything that this process has;
-    // no lock is held by a thread that it lacks.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => {
-            setsid()?;
-            dup2_stdin(&null)?;
-            dup2_stdout(&null)?;
-            dup2_stderr(&to_errors)?;
-            Ok(Detached::Child(Ready(to_ready.into())))
-        }
-        child => {
-            let child = Pid::from_raw(child).ok_or(io::ErrorKind::NotFound)?;
-            Ok(Detached::Parent(Waiting { child, ready: ready.into(), errors: errors.into() }))
-        }
+    if let Some(child) = divide()? {
+        return Ok(Detached::Parent(Waiting { child, ready: ready.into(), errors: errors.into() }));
     }
+    setsid()?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&to_errors)?;
+    Ok(Detached::Child(Ready(to_ready.into())))
 }
 
 impl Ready {

@@ -10,16 +10,25 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 /// # Errors
 /// No process is left.
 pub fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    if let Some(pid) = divide()? {
+        return Ok(pid);
+    }
+    let status = child();
+    // SAFETY: ends this process; what the parent wants done at its exit is the parent's.
+    unsafe { libc::_exit(status.into()) }
+}
+
+/// Divides this process in two: the child's number for the one that was there, nothing for the child. Call this only where
+/// this process has one thread.
+///
+/// # Errors
+/// No process is left.
+pub fn divide() -> io::Result<Option<Pid>> {
     // SAFETY: the process has one thread, so the child has everything that it has, and no lock is held by a thread that
-    // the child lacks. The child never returns from here.
+    // the child lacks.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
-        0 => {
-            let status = child();
-            // SAFETY: ends this process; what the parent wants done at its exit is the parent's.
-            unsafe { libc::_exit(status.into()) }
-        }
-        pid => Ok(Pid::from_raw(pid).unwrap_or_else(|| unreachable!("fork gives the child's number"))),
+        pid => Ok(Pid::from_raw(pid)),
     }
 }
 
