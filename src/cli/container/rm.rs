@@ -54,11 +54,7 @@ pub fn run_rm(args: &RmArgs) -> Result<u8, CliError> {
     Ok(for_each(&args.containers, |name| {
         let container = all.find(name)?;
         if args.force && matches!(container.state()?, State::Running(_)) {
-            match close(&container) {
-                // By itself, just now.
-                Err(CliError::Container(ContainerError::NotRunning(_))) => {}
-                closed => closed?,
-            }
+            close(&container)?;
         }
         match remove(&all, &container) {
             // With its end.

@@ -86,11 +86,7 @@ pub fn stop(container: &Container, time: Duration) -> Result<bool, CliError> {
     let asked = signal(container, container.record.stop_signal);
     let ended = asked.is_ok() && process.as_ref().is_some_and(|process| wait_for_end(process, time));
     if !ended {
-        match close(container) {
-            // By itself, just now.
-            Err(CliError::Container(ContainerError::NotRunning(_))) => {}
-            closed => closed?,
-        }
+        close(container)?;
     }
     container.wait().map(drop).or_else(unless_gone)?;
     Ok(true)
@@ -101,7 +97,9 @@ pub fn run_kill(args: &KillArgs) -> Result<u8, CliError> {
     Ok(for_each(&args.containers, |name| {
         let container = all.find(name)?;
         if args.signal == KILL {
-            close(&container)?;
+            if !close(&container)? {
+                return Err(ContainerError::NotRunning(container.record.name.clone()).into());
+            }
         } else {
             signal(&container, args.signal)?;
         }
@@ -120,11 +118,9 @@ fn signal(container: &Container, signal: u8) -> Result<(), ContainerError> {
     }
 }
 
-/// Closes the VM, and waits for its process.
-pub fn close(container: &Container) -> Result<(), CliError> {
-    let Some(vm) = connect(container)? else {
-        return Err(ContainerError::NotRunning(container.record.name.clone()).into());
-    };
+/// Closes the VM, and waits for its process. `false`: it had ended.
+pub fn close(container: &Container) -> Result<bool, CliError> {
+    let Some(vm) = connect(container)? else { return Ok(false) };
     let process = vm.process();
     let body = serde_json::json!({ "state": "stopped" });
     match vm.ask("PUT", "/vm/state", Some(&body), "application/json") {
@@ -136,7 +132,7 @@ pub fn close(container: &Container) -> Result<(), CliError> {
         let name = &container.record.name;
         return Err(CliError::Usage(format!("container {name} has stopped, but its process is still there")));
     }
-    Ok(())
+    Ok(true)
 }
 
 /// `None`: it has ended.
