@@ -17,10 +17,10 @@ use crate::container::{
     StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
+use crate::guest::status::{KILLED, NOT_STARTED};
 use crate::image::PullPolicy;
 use crate::metrics::Clock;
 use crate::sys::daemon::{Detached, Ready, Waiting, detach};
-use crate::sys::terminal;
 use crate::vmm::{End, Vmm};
 
 use super::boot::{Format, Launch, parse_timeout};
@@ -145,16 +145,12 @@ pub struct RunArgs {
     command: Vec<String>,
 }
 
-/// microvm's own failures must not be taken for the program's.
-const OWN_FAILURE: u8 = 125;
-/// As by SIGKILL.
-const KILLED: u8 = 137;
-
 pub(super) fn run(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     match start(args, clock) {
         Err(error) => {
             say(&super::chain(&error));
-            Ok(OWN_FAILURE)
+            // Not to be taken for the program's.
+            Ok(NOT_STARTED)
         }
         status => status,
     }
@@ -224,15 +220,7 @@ fn run_here(
     config.allow_software_kvm = args.allow_software_kvm;
     let Claim { folder, lock, end, log, leavings } = claim;
     let unused = folder.clone();
-    if let Some(size) = args.storage {
-        match make_storage(&folder, size) {
-            Ok(disk) => config.disks.push(disk),
-            Err(e) => {
-                let _ = fs::remove_dir_all(unused);
-                return Err(e.into());
-            }
-        }
-    }
+    let storage = args.storage.map(|size| make_storage(&folder, size)).transpose();
     let attached = ready.is_none();
     let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
     let rm = args.rm;
@@ -261,7 +249,11 @@ fn run_here(
         metrics: None,
         prepare: Some(Box::new(prepare)),
     };
-    match launch.run(&config, clock) {
+    let ended = storage.map_err(CliError::from).and_then(|storage| {
+        config.disks.extend(storage);
+        launch.run(&config, clock)
+    });
+    match ended {
         Ok(end) => Ok(status_of(&end)),
         // Confined by then: nothing can be removed any more, and the container is known as dead.
         Err(e @ CliError::Run(_)) => Err(e),
@@ -278,7 +270,7 @@ fn status_of(end: &End) -> u8 {
     match end {
         End::Stop => KILLED,
         // Not the program's end.
-        End::Panic | End::Fault(_) => OWN_FAILURE,
+        End::Panic | End::Fault(_) => NOT_STARTED,
         other => other.exit_status(),
     }
 }
@@ -291,7 +283,6 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
     let files = args.env_file.iter().map(|path| read_env_file(path));
     let mut env: Vec<String> = files.collect::<Result<Vec<_>, _>>()?.concat();
     env.extend(args.env.iter().filter_map(|word| variable(word)));
-    let size = terminal::size().filter(|_| args.tty);
     Ok(Wanted {
         image: args.image.clone(),
         name: name.into(),
@@ -304,7 +295,7 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
             user: args.user.clone(),
             terminal: args.tty,
             input: args.interactive,
-            size: size.map(|(columns, rows)| TerminalSize { columns, rows }),
+            size: TerminalSize::here().filter(|_| args.tty),
         },
         storage: args.storage.is_some(),
         read_only: args.read_only,

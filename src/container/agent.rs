@@ -220,10 +220,8 @@ fn pass_signals(mut signals: Signals, container: &Container, session: &OnceLock<
         let request = match (signal, session) {
             (Signal::End(signal), None) => end_by(signal),
             (Signal::End(signal), Some(session)) => Request::Signal { session, signal },
-            (Signal::Resize, session) => match session.zip(terminal::size().filter(|_| terminal)) {
-                Some((session, (columns, rows))) => {
-                    Request::Resize { session, size: TerminalSize { columns, rows } }
-                }
+            (Signal::Resize, session) => match session.zip(TerminalSize::here().filter(|_| terminal)) {
+                Some((session, size)) => Request::Resize { session, size },
                 None => continue,
             },
         };

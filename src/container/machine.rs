@@ -11,13 +11,14 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::config::{DiskConfig, HostEnd, Publish, VmConfig, VsockConfig};
 use crate::control::base_path;
 use crate::guest::{GuestSpec, ProcessSpec};
-use crate::image::{Lease, PullOptions, PullPolicy, Store, ensure};
+use crate::image::{Lease, PullPolicy};
 use crate::kernels::{Kernel, KernelStore};
 
 use super::agent::SOCKET;
 use super::network::connect;
+use super::program::Program;
 use super::storage;
-use super::{Changes, ContainerError, NetworkWishes, Volume, parse_signal, plan};
+use super::{Changes, ContainerError, NetworkWishes, Volume, parse_signal};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
 const STATUS_PORT: u16 = 0xf4;
@@ -81,14 +82,9 @@ impl Machine {
         // What is missing is said before anything takes long, and before what is only worth a warning.
         let kernels = KernelStore::of_user()?;
         let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
-        let store = Store::open()?;
-        let image = ensure(&store, &wanted.image, wanted.pull, &PullOptions::default())?.record;
-        let lease = store.lease(&image)?;
-        let run = store.config(&image)?.config.unwrap_or_default();
-        let layers = store.layers(&image);
+        let Program { lease, image_id, layers, process, stop_signal } = Program::of(wanted)?;
+        let stop_signal = stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
         let ids: Vec<_> = (0..layers.len()).map(|n| format!("layer{n}")).collect();
-        let process = plan(&run, &wanted.changes, &wanted.hostname)?;
-        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
         let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| volume.place(number));
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
@@ -116,7 +112,6 @@ impl Machine {
         config.name = Some(wanted.name.clone());
         let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
         config.disks = layers.into_iter().zip(ids).map(disk).collect();
-        let image_id = image.config.to_string();
         Ok(Self { config, lease, initramfs, process: spec.process, image_id, stop_signal })
     }
 }

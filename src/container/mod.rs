@@ -7,6 +7,7 @@ mod log;
 mod machine;
 mod network;
 mod plan;
+mod program;
 mod relay;
 mod signal;
 mod storage;

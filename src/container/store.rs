@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::is_name;
 use crate::guest::ProcessSpec;
+use crate::guest::status::KILLED;
 use crate::sandbox::{Confined, Folder, Kept, SandboxError};
 use crate::sys::data::data_folder;
 use crate::vmm::{Service, clean_up_at_end};
@@ -37,8 +38,6 @@ const LOCK: &str = "lock";
 const END: &str = "end.json";
 /// Digits of an id, as Docker shows them.
 const ID_BYTES: usize = 6;
-/// Killed, as far as anybody knows.
-const KILLED: u8 = 137;
 
 /// What a container is, from its beginning.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -134,8 +133,7 @@ impl Containers {
         }
         DirBuilder::new().recursive(true).mode(0o700).create(&self.folder).map_err(failed(&self.folder))?;
         let _guard = self.lock()?;
-        self.sweep()?;
-        if self.list()?.iter().any(|c| c.record.name == record.name || c.record.id == record.name) {
+        if self.sweep()?.iter().any(|c| c.record.name == record.name || c.record.id == record.name) {
             return Err(ContainerError::NameTaken(record.name.clone()));
         }
         let new = self.folder.join(format!(".{}", record.id));
@@ -237,10 +235,11 @@ impl Containers {
             return Ok(());
         }
         let _guard = self.lock()?;
-        self.sweep()
+        self.sweep().map(drop)
     }
 
-    fn sweep(&self) -> Result<(), ContainerError> {
+    /// Returns those that are left.
+    fn sweep(&self) -> Result<Vec<Container>, ContainerError> {
         let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
         for entry in entries.flatten() {
             // Nobody adds or removes now, so it is nobody's.
@@ -248,14 +247,18 @@ impl Containers {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }
-        for container in self.list()?.into_iter().filter(|c| c.record.rm) {
-            match self.remove_locked(&container) {
-                Ok(_) => super::forget_vm(&container),
-                Err(ContainerError::Running(_) | ContainerError::NotFound(_)) => {}
+        let mut left = Vec::new();
+        for container in self.list()? {
+            let removed =
+                if container.record.rm { self.remove_locked(&container).map(Some) } else { Ok(None) };
+            match removed {
+                Ok(Some(_)) => super::forget_vm(&container),
+                Ok(None) | Err(ContainerError::Running(_)) => left.push(container),
+                Err(ContainerError::NotFound(_)) => {}
                 Err(e) => return Err(e),
             }
         }
-        Ok(())
+        Ok(left)
     }
 
     fn lock(&self) -> Result<File, ContainerError> {
@@ -322,7 +325,7 @@ impl Container {
     fn ended(&self, end: &mut File) -> Result<Ended, ContainerError> {
         let mut text = Vec::new();
         end.read_to_end(&mut text).map_err(failed(&self.folder))?;
-        // Nothing was written, or not all.
+        // Nothing was written, or not all: killed, as far as anybody knows.
         Ok(serde_json::from_slice(&text).unwrap_or(Ended { status: KILLED, time: None }))
     }
 }

@@ -108,8 +108,7 @@ impl SignalSink for Signals {
     }
 
     fn resized(&self) {
-        if let Some((columns, rows)) = terminal::size().filter(|_| self.terminal) {
-            let size = TerminalSize { columns, rows };
+        if let Some(size) = TerminalSize::here().filter(|_| self.terminal) {
             self.requests.send(&Request::Resize { session: MAIN_SESSION, size });
         }
     }

@@ -2,12 +2,15 @@
 //! what the two say to each other while it runs ([`wire`]).
 
 pub mod archive;
+pub mod status;
 pub mod users;
 pub mod wire;
 
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::sys::terminal;
 
 /// Where the file is in the initramfs. Without it `microvm-init` runs what the kernel's command line says.
 pub const SPEC_PATH: &str = "/microvm.json";
@@ -94,6 +97,13 @@ pub struct ProcessSpec {
     pub size: Option<TerminalSize>,
 }
 
+/// What `/etc/hosts` says in a container of this name and address.
+#[must_use]
+pub fn hosts(hostname: &str, address: Option<Ipv4Addr>) -> String {
+    let own = address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
+    format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{hostname}\n")
+}
+
 /// A terminal's size in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -102,6 +112,14 @@ pub struct TerminalSize {
     pub columns: u16,
     /// How high it is.
     pub rows: u16,
+}
+
+impl TerminalSize {
+    /// That of this process's terminal, where it has one that says.
+    #[must_use]
+    pub fn here() -> Option<Self> {
+        terminal::size().map(|(columns, rows)| Self { columns, rows })
+    }
 }
 
 impl GuestSpec {

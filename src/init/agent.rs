@@ -3,9 +3,10 @@
 use std::io;
 use std::thread;
 
+use microvm::guest::status::NOT_STARTED;
 use microvm::guest::wire::{Failure, Kind, PORT, Request, read_frame, write_frame, write_json};
 
-use super::{NOT_STARTED, archive, session, vsock};
+use super::{archive, session, vsock};
 
 /// JSON of the deepest allowed nesting, and an archive's headers.
 const STACK: usize = 256 << 10;

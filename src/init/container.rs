@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH};
+use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH, hosts};
 use rustix::fs::FileType;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -45,9 +45,10 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
     rootfs::mount_all(spec)?;
     let name = rustix::system::sethostname(spec.hostname.as_bytes());
     name.map_err(|e| failed("the host name")(e.into()))?;
+    let address = spec.network.as_ref().map(|network| network.address);
     let files = [
         Overlay::new(rootfs::HOSTNAME, &format!("{}\n", spec.hostname))?,
-        Overlay::new(rootfs::HOSTS, &hosts(spec))?,
+        Overlay::new(rootfs::HOSTS, &hosts(&spec.hostname, address))?,
         Overlay::new(rootfs::RESOLV_CONF, &resolv_conf(spec.network.as_ref()))?,
     ];
     rootfs::enter()?;
@@ -62,11 +63,6 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         say!("the network cannot be set up: {e}");
     }
     Ok(())
-}
-
-fn hosts(spec: &GuestSpec) -> String {
-    let own = spec.network.as_ref().map_or("127.0.1.1".into(), |network| network.address.to_string());
-    format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{}\n", spec.hostname)
 }
 
 fn resolv_conf(network: Option<&NetworkSpec>) -> String {

@@ -35,6 +35,7 @@ use std::thread;
 
 use microvm::arch::x86_64::layout::MARK_PORT;
 use microvm::guest::GuestSpec;
+use microvm::guest::status::{NOT_STARTED, of_error};
 use microvm::guest::wire::{Failure, Kind, PORT, write_json};
 use microvm::metrics::Phase;
 use rustix::mount::{MountFlags, mount};
@@ -42,11 +43,6 @@ use rustix::process::getpid;
 use rustix::system::{RebootCommand, reboot};
 
 use port::Port;
-
-/// As Docker and shells have it: what runs the program failed; it may not be run; it is not there.
-const NOT_STARTED: u8 = 125;
-const NOT_ALLOWED: u8 = 126;
-const NOT_FOUND: u8 = 127;
 
 /// What failed, in words.
 struct Failed(String);
@@ -178,17 +174,8 @@ fn run_here(name: &str, start: impl FnOnce() -> io::Result<Child>) -> u8 {
         Ok(()) => code[0],
         Err(e) => {
             say!("{name} cannot be run: {e}");
-            status_of(&e)
+            of_error(&e)
         }
-    }
-}
-
-/// The exit status of a program that cannot be run.
-fn status_of(error: &io::Error) -> u8 {
-    match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        io::ErrorKind::Other => NOT_STARTED,
-        _ => NOT_ALLOWED,
     }
 }
 

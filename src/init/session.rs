@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use microvm::guest::status::{NOT_STARTED, of_error};
 use microvm::guest::wire::{Failure, Kind, MAIN_SESSION, read_frame, write_frame, write_json};
 use microvm::guest::{ProcessSpec, TerminalSize};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,7 +19,7 @@ use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use super::{NOT_STARTED, container, programs, status_of, vsock};
+use super::{container, programs, vsock};
 
 /// Read from a program at once.
 const CHUNK: usize = 32 << 10;
@@ -111,7 +112,7 @@ impl Started {
     fn new(process: &ProcessSpec) -> Result<Self, Failure> {
         let name = process.args.first().map_or("no program", String::as_str);
         let streams = if process.terminal { Self::with_terminal(process) } else { Self::with_pipes(process) };
-        streams.map_err(|e| failure(status_of(&e), format!("{name} cannot be run: {e}")))
+        streams.map_err(|e| failure(of_error(&e), format!("{name} cannot be run: {e}")))
     }
 
     fn with_pipes(process: &ProcessSpec) -> io::Result<Self> {

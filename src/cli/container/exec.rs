@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::container::{ContainerError, Containers, exec, set_variable};
 use crate::guest::TerminalSize;
-use crate::sys::terminal;
+use crate::guest::status::NOT_STARTED;
 
 use super::super::run::variable;
 use super::super::{CliError, chain, say};
@@ -51,16 +51,13 @@ pub struct ExecArgs {
     command: Vec<String>,
 }
 
-/// As `microvm run`.
-const OWN_FAILURE: u8 = 125;
-
 pub fn run(args: ExecArgs) -> Result<u8, CliError> {
     match start(args) {
         Err(error) => {
             say(&chain(&error));
             Ok(match error {
                 CliError::Container(ContainerError::Refused { status, .. }) => status,
-                _ => OWN_FAILURE,
+                _ => NOT_STARTED,
             })
         }
         status => status,
@@ -82,7 +79,6 @@ fn start(args: ExecArgs) -> Result<u8, CliError> {
         set_variable(&mut process.env, "TERM=xterm");
     }
     process.input = args.interactive;
-    let size = terminal::size().filter(|_| args.tty);
-    process.size = size.map(|(columns, rows)| TerminalSize { columns, rows });
+    process.size = TerminalSize::here().filter(|_| args.tty);
     Ok(exec(&container, process)?)
 }

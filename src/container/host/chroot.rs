@@ -15,15 +15,11 @@ use rustix::process::{Gid, Uid, chdir, chroot};
 use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use crate::guest::ProcessSpec;
+use crate::guest::status::{NOT_STARTED, of_error};
 use crate::guest::users::User;
 use crate::sys::fork::unshare;
 
 use super::rootfs::RootFs;
-
-/// As Docker and shells have it.
-const NOT_STARTED: u8 = 125;
-const NOT_ALLOWED: u8 = 126;
-const NOT_FOUND: u8 = 127;
 
 /// Minor numbers of the devices of major number 1 that every program expects, and of the terminal, which is of 5.
 const DEVICES: [(&str, u32, u32); 6] =
@@ -54,10 +50,7 @@ impl Chroot<'_> {
             None => ("no program", io::ErrorKind::NotFound.into()),
         };
         eprintln!("microvm: {name} cannot be run: {e}");
-        match e.kind() {
-            io::ErrorKind::NotFound => NOT_FOUND,
-            _ => NOT_ALLOWED,
-        }
+        of_error(&e)
     }
 
     fn enter(&self) -> io::Result<()> {

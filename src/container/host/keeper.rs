@@ -15,12 +15,8 @@ use rustix::process::{
 };
 use rustix::thread::UnshareFlags;
 
+use crate::guest::status::{KILLED, NOT_STARTED};
 use crate::sys::fork::{fork, unshare};
-
-/// As by SIGKILL.
-const KILLED: u8 = 137;
-/// What starts the program failed.
-const NOT_STARTED: u8 = 125;
 
 /// The keeper, as `microvm` has it.
 pub struct Keeper {

@@ -24,15 +24,16 @@ use rustix::io::Errno;
 use rustix::process::geteuid;
 use thiserror::Error;
 
-use crate::guest::ProcessSpec;
 use crate::guest::users::User;
-use crate::image::{Lease, PullOptions, Store, ensure};
+use crate::guest::{ProcessSpec, hosts};
+use crate::image::Lease;
 use crate::metrics::{Phase, Timeline};
 use crate::sys::data::data_folder;
 use crate::sys::exec_watch::ExecWatch;
 use crate::sys::signals::{Sender, Signal, Signals};
 
-use super::{ContainerError, Wanted, plan};
+use super::program::Program;
+use super::{ContainerError, Wanted};
 use chroot::Chroot;
 use keeper::Keeper;
 use oci::{Bind, Bundle};
@@ -143,14 +144,10 @@ impl Host {
             return Err(HostError::NotRoot.into());
         }
         let runtime = is_container.then(Runtime::find).transpose()?;
-        let store = Store::open()?;
-        let image = ensure(&store, &wanted.image, wanted.pull, &PullOptions::default())?.record;
-        let lease = store.lease(&image)?;
-        let run = store.config(&image)?.config.unwrap_or_default();
-        let process = plan(&run, &wanted.changes, &wanted.hostname)?;
+        let Program { lease, layers, process, .. } = Program::of(wanted)?;
         let cgroup = make_cgroup(wanted, wishes)?;
         let work = data_folder().ok_or(ContainerError::NoPlace)?.join("mnt");
-        let root = RootFs::mount(&work, &store.layers(&image), &files(&wanted.hostname, is_container))?;
+        let root = RootFs::mount(&work, &layers, &files(&wanted.hostname, is_container))?;
         let user = root.user(&process.user)?;
         Ok(Self { process, user, root, runtime, cgroup, _lease: lease })
     }
@@ -245,11 +242,10 @@ fn make_cgroup(wanted: &Wanted, wishes: &HostWishes) -> Result<Option<Cgroup>, H
 
 /// What says who and where the container is. A process is where this host is.
 fn files(hostname: &str, is_container: bool) -> Vec<(&'static str, String)> {
-    let local = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t";
     let names = if is_container { String::new() } else { host_file("/etc/resolv.conf") };
     vec![
         ("/etc/hostname", format!("{hostname}\n")),
-        ("/etc/hosts", format!("{local}{hostname}\n")),
+        ("/etc/hosts", hosts(hostname, None)),
         ("/etc/resolv.conf", names),
     ]
 }

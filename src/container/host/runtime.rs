@@ -11,16 +11,13 @@ use rustix::mount::{MountFlags, mount};
 use rustix::thread::UnshareFlags;
 use serde_json::Value;
 
+use crate::guest::status::{NOT_ALLOWED, NOT_FOUND, NOT_STARTED};
 use crate::sys::fork::unshare;
 
 use super::HostError;
 
 /// In this order.
 const NAMES: [&str; 2] = ["crun", "runc"];
-/// As Docker: it may not be run; it is not there.
-const NOT_ALLOWED: u8 = 126;
-const NOT_FOUND: u8 = 127;
-const NOT_STARTED: u8 = 125;
 
 /// A runtime.
 pub struct Runtime(PathBuf);
