@@ -119,8 +119,13 @@ fn card(backend: Box<dyn Backend>, iops: Option<u64>) -> Net {
     card_of(vec![backend], iops)
 }
 
+/// The name of this test's cards and their threads: no other test has it, so that one test's work is not another's spin.
+fn id() -> String {
+    format!("net{}", rustix::thread::gettid().as_raw_nonzero())
+}
+
 fn card_of(backends: Vec<Box<dyn Backend>>, iops: Option<u64>) -> Net {
-    let (id, mac) = ("net0".into(), Mac([2, 0, 0, 0, 0, 1]));
+    let (id, mac) = (id(), Mac([2, 0, 0, 0, 0, 1]));
     let parts = NetParts { id, mac, backends, name: "test".into(), iops, bandwidth: None };
     Net::new(parts, &Registry::default()).unwrap()
 }
@@ -140,26 +145,30 @@ fn wait_for(counter: &Counter, value: u64) {
     }
 }
 
-/// The processor time of this process' threads called `net0`, in clock ticks.
-fn ticks(pid_thread: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/self/task/{pid_thread}/stat")).unwrap_or_default();
+/// The processor time of one of this process' threads, in clock ticks.
+fn ticks(thread: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
     let fields: Vec<_> = text.rsplit(") ").next().unwrap_or_default().split(' ').collect();
     [11, 12].iter().filter_map(|i| fields.get(*i)?.parse::<u64>().ok()).sum()
 }
 
-/// No thread of this process named `net0` uses the processor: none of them spins.
+/// No thread of this test's cards uses the processor: none of them spins.
 fn assert_idle() {
+    let id = id();
     let threads: Vec<String> = std::fs::read_dir("/proc/self/task")
         .unwrap()
         .filter_map(|e| e.ok()?.file_name().into_string().ok())
         .filter(|t| {
-            std::fs::read_to_string(format!("/proc/self/task/{t}/comm")).is_ok_and(|n| n.trim() == "net0")
+            let name = std::fs::read_to_string(format!("/proc/self/task/{t}/comm")).unwrap_or_default();
+            // A pair's thread is called ID-qN.
+            name.trim().split('-').next() == Some(&id)
         })
         .collect();
+    assert!(!threads.is_empty(), "no thread is called {id}");
     let before: Vec<_> = threads.iter().map(|t| ticks(t)).collect();
     std::thread::sleep(Duration::from_millis(300));
     for (thread, before) in threads.iter().zip(before) {
-        // 30 ticks would be all of the time; other tests' threads have the same name and work a little.
+        // 30 ticks would be all of the time.
         assert!(ticks(thread).saturating_sub(before) < 15, "a thread spins");
     }
 }
@@ -599,7 +608,7 @@ fn a_reset_does_not_end_a_rate_limit() {
 fn the_control_socket_shows_address_and_link() {
     let net = card(Box::new(Passt::over(UnixStream::pair().unwrap().0).unwrap()), None);
     let control = net.control();
-    assert_eq!((control.id(), control.kind()), ("net0", "net"));
+    assert_eq!((control.id(), control.kind()), (id().as_str(), "net"));
     let state = control.describe();
     assert_eq!((&state["mac"], &state["link"]), (&"02:00:00:00:00:01".into(), &"up".into()));
 }
