@@ -14,11 +14,17 @@ use super::size::{ParseSizeError, Size};
 /// The longest name of a disk: what `VIRTIO_BLK_T_GET_ID` has room for (virtio 1.3 §5.2.6).
 pub const MAX_DISK_ID: usize = 20;
 
+/// The most files of one disk: as many as a guest's Linux makes partitions of it (`DISK_MAX_PARTS`, without the whole).
+pub const MAX_PIECES: usize = 255;
+
 /// A disk. In JSON also the text that `--disk` takes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskConfig {
     /// A raw image or a block device. Its format is never guessed.
     pub path: PathBuf,
+    /// Files that the disk goes on with behind that one, as if all of them were one. The guest may not write then.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub more: Vec<PathBuf>,
     /// The guest may not write.
     pub readonly: bool,
     /// Its name: in the guest the serial number, on the host in logs and counters. By default `disk` and its place.
@@ -52,7 +58,7 @@ impl DiskConfig {
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
         let (id, engine, iops, bandwidth) = (None, None, None, None);
-        Self { path, readonly: false, id, direct: false, engine, iops, bandwidth }
+        Self { path, more: Vec::new(), readonly: false, id, direct: false, engine, iops, bandwidth }
     }
 
     /// `PATH[,readonly][,id=ID][,direct][,engine=uring|threads][,iops=N][,bandwidth=SIZE]`
@@ -93,9 +99,21 @@ impl DiskConfig {
         self.id.clone().unwrap_or_else(|| format!("disk{place}"))
     }
 
+    /// Its files, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.path).chain(&self.more)
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
-        if self.path.as_os_str().is_empty() {
-            return Err(ConfigError::EmptyPath("--disk (disks.path in a --config)"));
+        if self.pieces().any(|path| path.as_os_str().is_empty()) {
+            return Err(ConfigError::EmptyPath("--disk (disks.path and disks.more in a --config)"));
+        }
+        match 1 + self.more.len() {
+            2.. if !self.readonly => return Err(ConfigError::DiskPiecesWritable(self.path.clone())),
+            pieces if pieces > MAX_PIECES => {
+                return Err(ConfigError::DiskPieces { path: self.path.clone(), pieces });
+            }
+            _ => {}
         }
         if let Some(id) = &self.id {
             let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
@@ -165,6 +183,8 @@ impl<'de> Deserialize<'de> for DiskConfig {
         struct Fields {
             path: PathBuf,
             #[serde(default)]
+            more: Vec<PathBuf>,
+            #[serde(default)]
             readonly: bool,
             id: Option<String>,
             #[serde(default)]
@@ -177,15 +197,15 @@ impl<'de> Deserialize<'de> for DiskConfig {
         impl<'de> de::Visitor<'de> for Visitor {
             type Value = DiskConfig;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a disk as in \"root.img,readonly\", or an object with path, readonly, id, direct, engine, iops and bandwidth")
+                f.write_str("a disk as in \"root.img,readonly\", or an object with path, more, readonly, id, direct, engine, iops and bandwidth")
             }
             fn visit_str<E: de::Error>(self, v: &str) -> Result<DiskConfig, E> {
                 DiskConfig::parse(OsStr::new(v)).map_err(|e| E::custom(format!("disk {v:?}: {e}")))
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<DiskConfig, A::Error> {
                 let f = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                let Fields { path, readonly, id, direct, engine, iops, bandwidth } = f;
-                Ok(DiskConfig { path, readonly, id, direct, engine, iops, bandwidth })
+                let Fields { path, more, readonly, id, direct, engine, iops, bandwidth } = f;
+                Ok(DiskConfig { path, more, readonly, id, direct, engine, iops, bandwidth })
             }
         }
         d.deserialize_any(Visitor)
@@ -242,5 +262,22 @@ mod tests {
         assert!(matches!(check(&["a,iops=0"]), Err(ConfigError::DiskLimit { .. })));
         assert!(matches!(check(&["a,bandwidth=0"]), Err(ConfigError::DiskLimit { .. })));
         assert!(matches!(check(&["a,id=disk1", "b"]), Err(ConfigError::DiskTwice { .. })));
+    }
+
+    #[test]
+    fn a_disk_of_several_files_is_read_only() {
+        let check = |more: &[&str], readonly| {
+            let text = serde_json::json!({ "path": "a", "more": more, "readonly": readonly }).to_string();
+            let disk: DiskConfig = serde_json::from_str(&text).unwrap();
+            let again = serde_json::to_string(&disk).unwrap();
+            assert_eq!(serde_json::from_str::<DiskConfig>(&again).unwrap(), disk);
+            disk.validate()
+        };
+        check(&[], false).unwrap();
+        check(&["b", "c"], true).unwrap();
+        check(&["b"; MAX_PIECES - 1], true).unwrap();
+        assert!(matches!(check(&["b"], false), Err(ConfigError::DiskPiecesWritable(path)) if path == *"a"));
+        assert!(matches!(check(&["b", ""], true), Err(ConfigError::EmptyPath(_))));
+        assert!(matches!(check(&["b"; MAX_PIECES], true), Err(ConfigError::DiskPieces { pieces: 256, .. })));
     }
 }

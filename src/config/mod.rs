@@ -20,7 +20,7 @@ use thiserror::Error;
 
 pub use balloon::{BalloonConfig, ParseBalloonError};
 pub use console::HostEnd;
-pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, ParseDiskError};
+pub use disk::{DiskConfig, DiskEngine, MAX_DISK_ID, MAX_PIECES, ParseDiskError};
 pub use memory::{Backing, HugePages, MemoryConfig};
 pub use name::is_name;
 pub use net::{
@@ -290,6 +290,17 @@ pub enum ConfigError {
         path: PathBuf,
         /// The name.
         id: String,
+    },
+    /// A disk of several files that could be written.
+    #[error("--disk {0}: a disk of several files can be read alone: set readonly, or leave more out")]
+    DiskPiecesWritable(PathBuf),
+    /// A disk of too many files.
+    #[error("--disk {path}: {pieces} files in one disk: the most is {MAX_PIECES}")]
+    DiskPieces {
+        /// Its first file.
+        path: PathBuf,
+        /// How many there are.
+        pieces: usize,
     },
     /// A limit that lets nothing through.
     #[error(

@@ -1,33 +1,18 @@
-//! The file behind a disk: opened, locked and measured.
+//! What is behind a disk: one file, or several that are read as if they were one.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
-use std::thread;
-use std::time::Duration;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use rustix::fs::{
-    AtFlags, FallocateFlags, FlockOperation, OFlags, StatxFlags, fallocate, fcntl_getfl, fcntl_setfl, flock,
-    ioctl_blkpbszget, ioctl_blksszget, statx,
-};
-use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::config::DiskConfig;
 use crate::sandbox::Kept;
-use crate::sys::file_io::{Action, Operation, Pinned};
+use crate::sys::file_io::{Operation, Pinned};
 
 use super::SECTOR;
-
-/// What files are read and written by where the kernel does not tell (Linux before 6.1): a page suits every disk.
-const SAFE_ALIGNMENT: u32 = 4096;
-/// The last operations of a VM that was killed hold the lock on its image some milliseconds longer than there is a
-/// process: io_uring ends them in the background. Whoever starts the VM again at once waits for that.
-const LOCK_LIMIT: Duration = Duration::from_millis(500);
-const DIRECT: i32 = OFlags::DIRECT.bits() as i32;
-const NONBLOCK: i32 = OFlags::NONBLOCK.bits() as i32;
+use super::piece::Piece;
 
 /// An image that cannot be a disk. Each message names the flag and the path.
 #[derive(Debug, Error)]
@@ -72,6 +57,19 @@ pub enum ImageError {
         /// Its length.
         len: u64,
     },
+    /// Behind it the next file would begin within a sector.
+    #[error(
+        "--disk {path} has {len} bytes, which is no whole number of sectors of 512, as each file of a disk of several has"
+    )]
+    Ragged {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// More than an offset can be.
+    #[error("--disk {0}: with this file the disk would have more than 2⁶³ bytes: leave some out")]
+    TooLong(PathBuf),
     /// Another VM has it.
     #[error(
         "--disk {0} is in use by another VM (or twice in this one): two that write it would destroy it. Stop the \
@@ -89,12 +87,10 @@ pub enum ImageError {
     },
 }
 
-/// An open image. The lock on it goes with the last clone of `file`.
+/// An open image. The locks on its files go with the last clone of each.
 pub struct Image {
-    /// By way of the page cache.
-    file: Arc<File>,
-    /// Round it, and what that asks of memory and of offsets.
-    direct: Option<(Arc<File>, Alignment)>,
+    /// At least one, by where they begin.
+    pieces: Vec<Place>,
     /// Its length.
     pub sectors: u64,
     /// The guest may not write.
@@ -107,173 +103,71 @@ pub struct Image {
     pub physical_block: u32,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Alignment {
-    memory: u32,
-    offset: u32,
+/// A file, and which bytes of the disk it has.
+struct Place {
+    start: u64,
+    end: u64,
+    piece: Piece,
 }
 
 impl Image {
     /// Names the descriptors that stay open when the VM confines itself.
     pub fn keep(&self, kept: &mut Kept) {
-        kept.add("a disk's image", &*self.file);
-        if let Some((file, _)) = &self.direct {
-            kept.add("a disk's image, round the cache", &**file);
-        }
+        self.pieces.iter().for_each(|place| place.piece.keep(kept));
     }
 
-    /// Opens and locks the image of `config`.
+    /// Opens and locks the files of `config`.
     ///
     /// # Errors
-    /// It is none, or not for us.
+    /// One is no image, or not for us.
     pub fn open(config: &DiskConfig) -> Result<Self, ImageError> {
-        let path = &config.path;
-        let failed = |source| ImageError::Open { path: path.clone(), source };
-        let mut file = open(config, 0)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(ImageError::NotADisk(path.clone()));
+        let mut pieces: Vec<Place> = Vec::with_capacity(1 + config.more.len());
+        for path in config.pieces() {
+            let piece = Piece::open(path, config)?;
+            if !config.more.is_empty() && !piece.len.is_multiple_of(SECTOR) {
+                return Err(ImageError::Ragged { path: path.clone(), len: piece.len });
+            }
+            let start = pieces.last().map_or(0, |place| place.end);
+            let end = start.checked_add(piece.len).filter(|end| i64::try_from(*end).is_ok());
+            let end = end.ok_or_else(|| ImageError::TooLong(path.clone()))?;
+            pieces.push(Place { start, end, piece });
         }
-        lock(&file, config)?;
-        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        check_len(path, len)?;
-        let direct = if config.direct { Some(open_direct(config)?) } else { None };
-        let wanted = direct.as_ref().map_or(SECTOR as u32, |(_, alignment)| alignment.offset);
-        let (logical_block, physical_block) = match kind.is_block_device() {
-            true => block_sizes(&file),
-            false => (SECTOR as u32, wanted.max(SECTOR as u32)),
-        };
+        let most = |size: fn(&Piece) -> u32| pieces.iter().map(|place| size(&place.piece)).max();
+        let logical_block = most(|piece| piece.logical_block).unwrap_or(SECTOR as u32);
+        let physical_block = most(|piece| piece.physical_block).unwrap_or(logical_block);
         Ok(Self {
-            can_discard: !config.readonly && can_punch(&file, len),
-            file: Arc::new(file),
-            direct,
-            sectors: len / SECTOR,
+            sectors: pieces.last().map_or(0, |place| place.end) / SECTOR,
             readonly: config.readonly,
+            can_discard: pieces.iter().all(|place| place.piece.can_discard),
             logical_block,
             physical_block: physical_block.max(logical_block),
+            pieces,
         })
     }
 
-    /// The file by which an operation is done: what is not aligned as the disk asks goes by way of the page cache,
-    /// which the kernel keeps equal to the disk.
-    pub fn choose<M: Pinned>(&self, operation: &mut Operation<M>) {
-        let moves_data = matches!(operation.action, Action::Read | Action::Write { .. });
-        operation.file = match &self.direct {
-            Some((file, alignment)) if moves_data && alignment.suits(operation) => file.clone(),
-            _ => self.file.clone(),
-        };
+    /// Says by which file an operation at byte `at` of the disk is done, and where in it. Returns the bytes from there to
+    /// the file's end on the disk: a read that asks for more ends there, and goes on in the next file.
+    pub fn choose<M: Pinned>(&self, operation: &mut Operation<M>, at: u64) -> u64 {
+        let Place { start, end, piece } = self.place(at);
+        operation.offset = at - start;
+        operation.file = piece.file_for(operation).clone();
+        end.saturating_sub(at)
+    }
+
+    /// Where byte `at` is.
+    fn place(&self, at: u64) -> &Place {
+        // The first one begins at 0.
+        &self.pieces[self.pieces.partition_point(|place| place.start <= at) - 1]
     }
 
     /// Puts a file in place that fails as a test wants it.
     #[cfg(test)]
     pub fn replace_file(&mut self, file: File) {
-        self.file = Arc::new(file);
+        self.pieces[0].piece.replace_file(file);
     }
 
-    /// The file by way of the page cache, which takes any alignment.
-    pub fn buffered(&self) -> &Arc<File> {
-        &self.file
+    /// The file with byte `at`, by way of the page cache, which takes any alignment.
+    pub fn buffered(&self, at: u64) -> &Arc<File> {
+        self.place(at).piece.buffered()
     }
-}
-
-impl Alignment {
-    fn suits<M: Pinned>(self, operation: &Operation<M>) -> bool {
-        let offset = u64::from(self.offset);
-        operation.offset.is_multiple_of(offset)
-            && operation.buffers.len().is_multiple_of(offset)
-            && operation.buffers.is_aligned(self.memory as usize)
-    }
-}
-
-/// Opens without waiting for anybody, as a pipe would.
-fn open(config: &DiskConfig, flags: i32) -> Result<File, ImageError> {
-    let path = &config.path;
-    let open = |write| OpenOptions::new().read(true).write(write).custom_flags(flags | NONBLOCK).open(path);
-    let file = open(!config.readonly).map_err(|source| {
-        match source.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::ISDIR) => ImageError::NotADisk(path.clone()),
-            Some(Errno::INVAL) if flags & DIRECT != 0 => ImageError::NoDirect { path: path.clone(), source },
-            Some(Errno::ACCESS | Errno::ROFS | Errno::PERM) if !config.readonly && open(false).is_ok() => {
-                ImageError::NotWritable { path: path.clone(), source }
-            }
-            _ => ImageError::Open { path: path.clone(), source },
-        }
-    })?;
-    // Reads and writes may wait.
-    let blocking = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
-    blocking.map_err(|e| ImageError::Open { path: path.clone(), source: e.into() })?;
-    Ok(file)
-}
-
-/// For writing alone, for reading with others that read. The lock belongs to the open file, so it holds within a
-/// process, too, and ends with it however that ends.
-fn lock(file: &File, config: &DiskConfig) -> Result<(), ImageError> {
-    let (at_once, in_time) = match config.readonly {
-        true => (FlockOperation::NonBlockingLockShared, FlockOperation::LockShared),
-        false => (FlockOperation::NonBlockingLockExclusive, FlockOperation::LockExclusive),
-    };
-    flock(file, at_once).or_else(|e| match e {
-        Errno::WOULDBLOCK if is_locked_in_time(file, in_time) => Ok(()),
-        Errno::WOULDBLOCK => Err(ImageError::Locked(config.path.clone())),
-        other => Err(ImageError::Lock { path: config.path.clone(), source: other.into() }),
-    })
-}
-
-/// Waits for a lock as long as one is held by a VM that was killed. A thread does, which nothing but the lock ends:
-/// where it does not come in time, this process is about to end.
-fn is_locked_in_time(file: &File, operation: FlockOperation) -> bool {
-    // The same open file, to which the lock belongs.
-    let Ok(same) = file.try_clone() else { return false };
-    let (sender, locked) = mpsc::channel();
-    let waiter = thread::Builder::new().name("lock".into()).spawn(move || {
-        let result = flock(&same, operation);
-        drop(same);
-        let _ = sender.send(result);
-    });
-    // No thread is left when the process confines itself.
-    let has_lock = |_: &_| locked.recv_timeout(LOCK_LIMIT) == Ok(Ok(()));
-    waiter.ok().filter(has_lock).is_some_and(|waiter| waiter.join().is_ok())
-}
-
-fn check_len(path: &Path, len: u64) -> Result<(), ImageError> {
-    if len < SECTOR {
-        return Err(ImageError::TooSmall { path: path.into(), len });
-    }
-    if !len.is_multiple_of(SECTOR) {
-        log::warn!(
-            "--disk {}: its last {} bytes are no whole sector of 512, and the guest does not see them",
-            path.display(),
-            len % SECTOR
-        );
-    }
-    Ok(())
-}
-
-fn open_direct(config: &DiskConfig) -> Result<(Arc<File>, Alignment), ImageError> {
-    let file = open(config, DIRECT)?;
-    let told = statx(&file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    let told = told.ok().filter(|s| s.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-    let alignment = match told {
-        // The kernel says 0 where there is none, though opening worked.
-        Some(s) if s.stx_dio_offset_align == 0 => {
-            let source = io::Error::from(Errno::INVAL);
-            return Err(ImageError::NoDirect { path: config.path.clone(), source });
-        }
-        Some(s) => Alignment { memory: s.stx_dio_mem_align.max(1), offset: s.stx_dio_offset_align },
-        None => Alignment { memory: SAFE_ALIGNMENT, offset: SAFE_ALIGNMENT },
-    };
-    Ok((Arc::new(file), alignment))
-}
-
-/// Logical and physical block size of a block device.
-fn block_sizes(file: &File) -> (u32, u32) {
-    let logical = ioctl_blksszget(file).unwrap_or(SECTOR as u32);
-    (logical, ioctl_blkpbszget(file).unwrap_or(logical))
-}
-
-/// Whether ranges can be freed. Asked by freeing one behind the end, where there is nothing.
-fn can_punch(file: &File, len: u64) -> bool {
-    let behind = len.next_multiple_of(4096);
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    !matches!(fallocate(file, flags, behind, 4096), Err(Errno::OPNOTSUPP | Errno::NOSYS))
 }

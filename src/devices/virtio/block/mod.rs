@@ -8,6 +8,7 @@ mod control;
 mod counters;
 mod engine;
 mod image;
+mod piece;
 mod request;
 #[cfg(test)]
 pub(super) mod tests;

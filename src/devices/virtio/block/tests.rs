@@ -1,5 +1,7 @@
 //! Requests of a driver that keeps the rules, and of one that does not.
 
+mod pieces;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, IntoRawFd};

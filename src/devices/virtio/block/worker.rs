@@ -97,6 +97,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Pending {
     request: Request,
     status: GuestAddress,
+    /// Where on the disk it goes on: where in a file that is, the image says.
+    at: u64,
+    /// Bytes from there to the end of the file with them.
+    room: u64,
     /// Zeros that are still to be written, where the file has no better way.
     zeros: u64,
     /// It has to be on the disk before it is given back, and what was done did not see to that.
@@ -255,7 +259,7 @@ impl BlockWorker {
                 (Action::ZeroRange(len), offset, Buffers::empty())
             }
         };
-        let file = self.shared.image.buffered().clone();
+        let file = self.shared.image.buffered(offset).clone();
         Ok(Some(Operation { tag: self.chain.head(), file, action, offset, buffers }))
     }
 
@@ -282,12 +286,17 @@ impl BlockWorker {
         let sync_after = is_range && self.is_durable();
         self.in_flight += 1;
         self.moving += request.bytes();
-        self.pending[usize::from(operation.tag)] = Some(Pending { request, status, zeros: 0, sync_after });
+        let at = operation.offset;
+        let pending = Pending { request, status, at, room: 0, zeros: 0, sync_after };
+        self.pending[usize::from(operation.tag)] = Some(pending);
         self.push(operation)
     }
 
+    /// Has a pending request's operation done, by the file that has its next byte.
     fn push(&mut self, mut operation: Operation) -> Result<(), QueueError> {
-        self.shared.image.choose(&mut operation);
+        if let Some(pending) = &mut self.pending[usize::from(operation.tag)] {
+            pending.room = self.shared.image.choose(&mut operation, pending.at);
+        }
         match self.engine.push(operation) {
             Ok(()) => Ok(()),
             // There is room for each chain of the queue, so this is for an engine that has gone.
@@ -411,9 +420,11 @@ impl Pending {
             // The file has become shorter, or the disk takes nothing: on and on would not help.
             Action::Read | Action::Write { .. } if count == 0 => return Next::End(Status::IoError),
             Action::Read | Action::Write { .. } => {
-                operation.buffers.advance(count);
-                operation.offset += count as u64;
-                self.zeros = self.zeros.saturating_sub(count as u64);
+                // A file that has become longer has bytes where the next one's belong, which are read over these.
+                let count = self.room.min(count as u64);
+                operation.buffers.advance(count as usize);
+                self.at += count;
+                self.zeros = self.zeros.saturating_sub(count);
                 if operation.buffers.len() == 0 && self.zeros > 0 {
                     operation.buffers = Buffers::zeros(self.zeros);
                 }
@@ -511,8 +522,9 @@ mod tests {
 
     fn zeroes(shared: &Shared) -> (Pending, Operation) {
         let request = Request::WriteZeroes { offset: 512, len: LEN, unmap: false };
-        let pending = Pending { request, status: GuestAddress(0), zeros: 0, sync_after: true };
-        let file = shared.image.buffered().clone();
+        let (at, room) = (512, LEN + 512);
+        let pending = Pending { request, status: GuestAddress(0), at, room, zeros: 0, sync_after: true };
+        let file = shared.image.buffered(at).clone();
         let action = Action::ZeroRange(LEN);
         (pending, Operation { tag: 0, file, action, offset: 512, buffers: Buffers::empty() })
     }
@@ -529,6 +541,7 @@ mod tests {
         loop {
             let count = operation.perform().unwrap();
             let Next::Again = pending.advance(&mut operation, count) else { break };
+            pending.room = shared.image.choose(&mut operation, pending.at);
             calls += 1;
         }
         // 1 MiB each, and a sync.
@@ -550,7 +563,7 @@ mod tests {
         operation.action = Action::Write { durable: false };
         operation.buffers = Buffers::zeros(512);
         assert!(matches!(pending.advance(&mut operation, 100), Next::Again));
-        assert_eq!((operation.offset, operation.buffers.len()), (612, 412));
+        assert_eq!((pending.at, operation.buffers.len()), (612, 412));
         assert!(matches!(pending.advance(&mut operation, 0), Next::End(Status::IoError)));
         let full = io::Error::from(Errno::NOSPC);
         assert!(matches!(pending.recover(&mut operation, &full, &shared), Next::End(Status::IoError)));
