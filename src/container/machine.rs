@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::config::{DiskConfig, HostEnd, Publish, VmConfig, VsockConfig};
 use crate::control::base_path;
-use crate::guest::{GuestSpec, ProcessSpec};
+use crate::guest::{GuestSpec, LAYERS_DISK, ProcessSpec};
 use crate::image::{Lease, PullPolicy};
 use crate::kernels::{Kernel, KernelStore};
 
@@ -84,12 +84,11 @@ impl Machine {
         let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
         let Program { lease, image_id, layers, process, stop_signal } = Program::of(wanted)?;
         let stop_signal = stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
-        let ids: Vec<_> = (0..layers.len()).map(|n| format!("layer{n}")).collect();
         let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| volume.place(number));
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
-            layers: ids.clone(),
+            layers: layers.iter().map(len).collect::<Result<_, _>>()?,
             storage: wanted.storage.then(|| storage::ID.into()),
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
@@ -110,10 +109,21 @@ impl Machine {
         config.shares = shares;
         config.publish = wanted.publish.clone();
         config.name = Some(wanted.name.clone());
-        let disk = |(path, id)| DiskConfig { readonly: true, id: Some(id), ..DiskConfig::new(path) };
-        config.disks = layers.into_iter().zip(ids).map(disk).collect();
+        config.disks.extend(layers_disk(layers));
         Ok(Self { config, lease, initramfs, process: spec.process, image_id, stop_signal })
     }
+}
+
+fn len(layer: &PathBuf) -> Result<u64, ContainerError> {
+    let meta = layer.metadata().map_err(|source| ContainerError::Store { path: layer.clone(), source })?;
+    Ok(meta.len())
+}
+
+/// All layers as one disk: a device for each would be more than a VM has room for, and each costs the guest's boot.
+fn layers_disk(layers: Vec<PathBuf>) -> Option<DiskConfig> {
+    let mut layers = layers.into_iter();
+    let first = DiskConfig::new(layers.next()?);
+    Some(DiskConfig { more: layers.collect(), readonly: true, id: Some(LAYERS_DISK.into()), ..first })
 }
 
 /// What the kernel brings, process 1 and the description, in memory alone.

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::config::Size;
+use crate::config::{MAX_PIECES, Size};
 use crate::image::ImageError;
 use crate::kernels::KernelError;
 
@@ -54,6 +54,16 @@ pub enum ContainerError {
     /// The image's `StopSignal`.
     #[error("the image's StopSignal")]
     StopSignal(#[from] ParseSignalError),
+    /// Nothing to stack, or too much: a guest makes a partition of each.
+    #[error(
+        "image {image} has {layers} layers: what can be run has 1 to {MAX_PIECES}, so build it with that many"
+    )]
+    Layers {
+        /// As it was asked for.
+        image: String,
+        /// How many it has.
+        layers: usize,
+    },
     /// Nothing to run.
     #[error("the image says no command: give one behind it")]
     NoCommand,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::config::MAX_PIECES;
 use crate::guest::ProcessSpec;
 use crate::image::{Lease, PullOptions, Store, ensure};
 
@@ -33,6 +34,9 @@ impl Program {
         let run = store.config(&image)?.config.unwrap_or_default();
         let process = plan(&run, &wanted.changes, &wanted.hostname)?;
         let (image_id, layers) = (image.config.to_string(), store.layers(&image));
+        if !(1..=MAX_PIECES).contains(&layers.len()) {
+            return Err(ContainerError::Layers { image: wanted.image.clone(), layers: layers.len() });
+        }
         Ok(Self { lease, image_id, layers, process, stop_signal: run.stop_signal })
     }
 }

@@ -15,12 +15,16 @@ use crate::sys::terminal;
 /// Where the file is in the initramfs. Without it `microvm-init` runs what the kernel's command line says.
 pub const SPEC_PATH: &str = "/microvm.json";
 
+/// The id of the disk with a container's layers.
+pub const LAYERS_DISK: &str = "layers";
+
 /// A container: its root file system, its surroundings and its program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestSpec {
-    /// The ids of the disks with its layers, the lowest first. At least one.
-    pub layers: Vec<String>,
+    /// How many bytes each of its layers has, the lowest first, at least one: they stand one behind the other, from the
+    /// beginning of disk [`LAYERS_DISK`], and the guest makes a partition of each.
+    pub layers: Vec<u64>,
     /// The id of the disk that takes what is written, an ext4 file system; memory does where there is none.
     #[serde(default)]
     pub storage: Option<String>,
@@ -176,7 +180,7 @@ mod tests {
     #[test]
     fn an_initramfs_is_what_cpio_reads() {
         let spec: GuestSpec =
-            serde_json::from_str(r#"{"layers": ["a"], "hostname": "h", "process": {"args": ["sh"]}}"#)
+            serde_json::from_str(r#"{"layers": [4096], "hostname": "h", "process": {"args": ["sh"]}}"#)
                 .unwrap();
         let archive = spec.to_initramfs(None);
         assert_eq!(archive.len() % 4, 0);
@@ -192,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_short_file_will_do() {
-        let text = r#"{"layers": ["layer0"], "hostname": "h", "process": {"args": ["sh"]}}"#;
+        let text = r#"{"layers": [4096, 8192], "hostname": "h", "process": {"args": ["sh"]}}"#;
         let spec: GuestSpec = serde_json::from_str(text).unwrap();
         assert_eq!((spec.process.cwd.as_str(), spec.process.user.as_str(), spec.read_only), ("/", "", false));
         assert_eq!(serde_json::from_str::<GuestSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);

@@ -20,6 +20,7 @@ mod console;
 mod container;
 mod modules;
 mod network;
+mod partitions;
 mod port;
 mod programs;
 mod rootfs;

@@ -1,4 +1,4 @@
-//! A container's root file system: its layers, each a disk that cannot be written, under one that can.
+//! A container's root file system: its layers, each a partition of one disk that cannot be written, under one that can.
 
 use std::fs::{self, File};
 use std::io;
@@ -6,11 +6,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use microvm::guest::GuestSpec;
+use microvm::guest::{GuestSpec, LAYERS_DISK};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{chdir, chroot};
 
-use super::{Failed, failed};
+use super::{Failed, failed, partitions};
 
 /// Everything is put together below this folder of the initramfs, whose short names leave room for many layers: all of
 /// overlayfs' options must fit into a page.
@@ -29,8 +29,10 @@ const LAYER_TYPES: [&str; 2] = ["erofs", "squashfs"];
 pub fn mount_all(spec: &GuestSpec) -> Result<(), Failed> {
     fs::create_dir_all(ROOT).map_err(failed(ROOT))?;
     std::env::set_current_dir(WORK).map_err(failed(WORK))?;
-    for (index, id) in spec.layers.iter().enumerate() {
-        mount_layer(id, Path::new(&index.to_string()))?;
+    let disk = disk(LAYERS_DISK)?;
+    partitions::make(&disk, &spec.layers).map_err(failed("the disk of layers cannot be divided"))?;
+    for index in 0..spec.layers.len() {
+        mount_layer(&format!("{}{}", disk.display(), index + 1), &index.to_string())?;
     }
     make_skeleton()?;
     let lower: Vec<_> = (0..spec.layers.len()).rev().map(|index| index.to_string()).collect();
@@ -71,13 +73,12 @@ fn disk(id: &str) -> Result<PathBuf, Failed> {
     Ok(Path::new("/dev").join(name))
 }
 
-fn mount_layer(id: &str, target: &Path) -> Result<(), Failed> {
-    let device = disk(id)?;
+fn mount_layer(device: &str, target: &str) -> Result<(), Failed> {
     fs::create_dir_all(target).map_err(failed("a layer"))?;
-    let mut errors = LAYER_TYPES.iter().map(|kind| mount(&device, target, *kind, MountFlags::RDONLY, None));
+    let mut errors = LAYER_TYPES.iter().map(|kind| mount(device, target, *kind, MountFlags::RDONLY, None));
     // The last one's error, where none of them does.
     let mounted = errors.by_ref().find(Result::is_ok).unwrap_or(Err(rustix::io::Errno::INVAL));
-    mounted.map_err(|e| failed(&format!("layer {id} (erofs or squashfs)"))(e.into()))
+    mounted.map_err(|e| failed(&format!("layer {target} (erofs or squashfs)"))(e.into()))
 }
 
 /// A tmpfs or the disk `storage`, with the two folders. The upper one becomes the root folder, so it looks like the
