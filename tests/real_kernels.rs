@@ -10,6 +10,8 @@ mod console;
 mod container;
 #[path = "real/isolation.rs"]
 mod isolation;
+#[path = "real/layers.rs"]
+mod layers;
 #[path = "real/life.rs"]
 mod life;
 #[path = "real/mixed.rs"]

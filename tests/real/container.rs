@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use microvm::guest::{GuestSpec, ProcessSpec};
+use microvm::guest::{GuestSpec, LAYERS_DISK, ProcessSpec};
 
 use super::common::{Host, stdout};
 use super::{initrd, kernel, status};
@@ -16,7 +16,9 @@ const KERNELS: [(&str, &str); 2] = [("stock-6.1", "bzImage"), ("tuned", "vmlinux
 /// Two layers: a system with users, and one over it that changes and hides some of it.
 pub struct Image {
     host: Host,
-    layers: Vec<PathBuf>,
+    /// Both, one behind the other.
+    disk: PathBuf,
+    lens: Vec<u64>,
 }
 
 impl Image {
@@ -42,8 +44,9 @@ impl Image {
         // A link out of the container, which must not be followed before its root is the root.
         symlink("/../../escaped", upper.join("etc/resolv.conf")).unwrap();
         fs::set_permissions(&upper, fs::Permissions::from_mode(0o711)).unwrap();
-        let layers = [lower, upper].iter().map(|folder| erofs(folder)).collect();
-        Self { host, layers }
+        let layers = [lower, upper].map(|folder| fs::read(erofs(&folder)).unwrap());
+        let disk = host.file("layers", &layers.concat());
+        Self { host, disk, lens: layers.iter().map(|layer| layer.len() as u64).collect() }
     }
 
     /// Runs a container as `change` has it.
@@ -58,7 +61,6 @@ impl Image {
         shares: &[String],
         change: impl FnOnce(&mut GuestSpec),
     ) -> Output {
-        let ids: Vec<_> = (0..self.layers.len()).map(|n| format!("layer{n}")).collect();
         let process = ProcessSpec {
             args: Vec::new(),
             env: vec!["PATH=/bin".into(), "GREETING=hello world".into()],
@@ -69,7 +71,7 @@ impl Image {
             size: None,
         };
         let mut spec = GuestSpec {
-            layers: ids.clone(),
+            layers: self.lens.clone(),
             storage: None,
             read_only: false,
             hostname: "box".into(),
@@ -84,9 +86,7 @@ impl Image {
         let archive = self.host.file("initrd", &archive);
         let mut command = self.host.microvm(["boot", "--timeout", "120s", "--exit-code-port", "0xf4"]);
         command.arg("--kernel").arg(kernel(name).join(file)).arg("--initrd").arg(archive);
-        for (id, layer) in ids.iter().zip(&self.layers) {
-            command.arg("--disk").arg(format!("{},readonly,id={id}", layer.display()));
-        }
+        command.arg("--disk").arg(format!("{},readonly,id={LAYERS_DISK}", self.disk.display()));
         command.args(shares.iter().flat_map(|share| ["--share", share]));
         command.args(["--append", "microvm.exit_code_port=0xf4"]).output().unwrap()
     }
@@ -99,7 +99,7 @@ impl Image {
     }
 }
 
-fn busybox() -> PathBuf {
+pub fn busybox() -> PathBuf {
     let cache = kernel("any").parent().unwrap().parent().unwrap().join("busybox-static");
     let output =
         Command::new("find").arg(cache).args(["-path", "*/bin/busybox", "-type", "f"]).output().unwrap();
@@ -186,9 +186,45 @@ fn container_programs_end_as_dockers_do() {
         spec.read_only = true;
     });
     status(&output, 5);
-    let output = image.run(tuned, |spec| spec.layers.push("missing".into()));
-    status(&output, 125);
-    assert!(stdout(&output).contains("no disk missing"), "{}", stdout(&output));
+    for (change, words) in [
+        (
+            &(|spec: &mut GuestSpec| spec.storage = Some("missing".into())) as &dyn Fn(&mut GuestSpec),
+            "no disk missing",
+        ),
+        (&|spec| spec.layers.push(4096), "layer 2 (erofs or squashfs)"),
+        (&|spec| spec.layers[0] += 1, "the disk of layers cannot be divided"),
+        (&|spec| spec.layers.push(u64::MAX), "the disk of layers cannot be divided"),
+    ] {
+        let output = image.run(tuned, change);
+        status(&output, 125);
+        assert!(stdout(&output).contains(words), "{}", stdout(&output));
+    }
+}
+
+/// What is in a layer may look like a table of partitions, which a kernel that knows its kind makes before there is a
+/// process 1.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn container_layers_are_no_table_of_partitions() {
+    let image = Image::new();
+    let mut bytes = fs::read(&image.disk).unwrap();
+    // EROFS leaves the first 1,024 bytes alone. Two of a PC's partitions: type, first sector and number of sectors.
+    for (entry, (first, count)) in [(1_u32, 8_u32), (9, 2)].into_iter().enumerate() {
+        let entry = &mut bytes[446 + 16 * entry..][..16];
+        entry[4] = 0x83;
+        entry[8..12].copy_from_slice(&first.to_le_bytes());
+        entry[12..].copy_from_slice(&count.to_le_bytes());
+    }
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(&image.disk, bytes).unwrap();
+    let (stock, disk) = (KERNELS[0], format!("{},readonly", image.disk.display()));
+    let mut plain = image.host.microvm(["boot", "--timeout", "120s", "--disk", &disk, "--kernel"]);
+    plain.arg(kernel(stock.0).join(stock.1)).arg("--initrd").arg(initrd(stock.0));
+    let plain = plain.args(["--append", "-- /bin/busybox cat /proc/partitions"]).output().unwrap();
+    assert!(stdout(&plain).contains("vda2"), "the kernel reads no tables: {}", stdout(&plain));
+    let output = image.sh(stock, "", "busybox cat /opt/both /sys/block/vda/vda1/start; exit 3");
+    status(&output, 3);
+    assert!(stdout(&output).replace('\r', "").ends_with("upper\n0\n"), "{}", stdout(&output));
 }
 
 /// A host with an image `box` and the kernel `name`.
