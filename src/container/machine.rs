@@ -4,7 +4,7 @@ use std::env;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -88,7 +88,7 @@ impl Machine {
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
-            layers: layers.iter().map(len).collect::<Result<_, _>>()?,
+            layers: layers.iter().map(|layer| len(layer)).collect::<Result<_, _>>()?,
             storage: wanted.storage.then(|| storage::ID.into()),
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
@@ -114,8 +114,8 @@ impl Machine {
     }
 }
 
-fn len(layer: &PathBuf) -> Result<u64, ContainerError> {
-    let meta = layer.metadata().map_err(|source| ContainerError::Store { path: layer.clone(), source })?;
+fn len(layer: &Path) -> Result<u64, ContainerError> {
+    let meta = layer.metadata().map_err(|source| ContainerError::Store { path: layer.into(), source })?;
     Ok(meta.len())
 }
 
