@@ -96,7 +96,7 @@ pub fn elf(code: &[u8], protocol: Protocol) -> Vec<u8> {
 pub struct Host {
     pub dir: TempDir,
     /// For the control sockets of VMs that are killed, which stay behind.
-    run: TempDir,
+    pub run: TempDir,
     /// What programs find in their environment besides.
     pub env: Vec<(String, OsString)>,
 }
