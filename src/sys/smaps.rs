@@ -113,12 +113,14 @@ Pss:                   8 kB
         file.set_len(1 << 20).unwrap();
         let mapping = MmapRegion::<()>::from_file(FileOffset::new(file, 0), 1 << 20).unwrap();
         let start = mapping.as_ptr() as u64;
-        let ranges = [start..start + (1 << 20)];
+        let ranges = &std::iter::once(start..start + (1 << 20)).collect::<Vec<_>>();
         let smaps = Smaps::open().unwrap();
-        assert_eq!(smaps.read(&ranges).unwrap().inside, 0);
-        // SAFETY: the mapping is that long, writable, and nobody else's.
-        (0..3).for_each(|page| unsafe { mapping.as_ptr().add(page * 4096).write_volatile(1) });
-        let taken = smaps.read(&ranges).unwrap();
+        assert_eq!(smaps.read(ranges).unwrap().inside, 0);
+        for page in 0..3 {
+            // SAFETY: the mapping is that long, writable, and nobody else's.
+            unsafe { mapping.as_ptr().wrapping_add(page * 4096).write_volatile(1) };
+        }
+        let taken = smaps.read(ranges).unwrap();
         assert!(taken.inside == 3 << 12 && taken.outside > 1 << 12, "{taken:?}");
     }
 }
