@@ -3,6 +3,7 @@
 
 pub mod fake_registry;
 pub mod images;
+pub mod registry;
 
 use std::ffi::{OsStr, OsString, c_int};
 use std::fs::File;
