@@ -1,7 +1,7 @@
 //! Images of many layers.
 
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::common::{Host, stderr, stdout};
 use super::container::{busybox, host_with_image};
@@ -20,10 +20,8 @@ fn import(host: &Host, count: usize) {
     let mut make = Command::new("python3");
     make.args([script, &count.to_string()]).args([&busybox(), &archive]);
     assert!(make.status().unwrap().success());
-    let begin = Instant::now();
     let output = host.microvm(["image", "import", archive.to_str().unwrap()]).output().unwrap();
     status(&output, 0);
-    assert!(begin.elapsed() < Duration::from_secs(60), "{count} layers: {:?}", begin.elapsed());
 }
 
 fn run(host: &Host, isolation: &str, count: usize) -> Output {
