@@ -124,9 +124,6 @@ impl Image {
         let mut pieces: Vec<Place> = Vec::with_capacity(1 + config.more.len());
         for path in config.pieces() {
             let piece = Piece::open(path, config)?;
-            if !config.more.is_empty() && !piece.len.is_multiple_of(SECTOR) {
-                return Err(ImageError::Ragged { path: path.clone(), len: piece.len });
-            }
             let start = pieces.last().map_or(0, |place| place.end);
             let end = start.checked_add(piece.len).filter(|end| i64::try_from(*end).is_ok());
             let end = end.ok_or_else(|| ImageError::TooLong(path.clone()))?;

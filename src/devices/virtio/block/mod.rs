@@ -73,7 +73,7 @@ const CONFIG_WRITEBACK: u64 = 32;
 pub enum BlockError {
     /// Its image.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(ImageError),
     /// io_uring was asked for, and this host refuses it.
     #[error(
         "--disk {path},engine=uring: this host refuses io_uring: leave the option out, or engine=threads"
@@ -94,6 +94,18 @@ pub enum BlockError {
         #[source]
         source: io::Error,
     },
+}
+
+impl From<ImageError> for BlockError {
+    fn from(error: ImageError) -> Self {
+        match error {
+            // A disk of many files takes many descriptors.
+            ImageError::Open { path, source } if source.raw_os_error() == Some(libc::EMFILE) => {
+                Self::Host { path, source }
+            }
+            other => Self::Image(other),
+        }
+    }
 }
 
 /// What a queue needs of the host, made before the VM confines itself.

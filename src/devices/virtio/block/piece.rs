@@ -73,7 +73,7 @@ impl Piece {
         }
         lock(&file, path, config)?;
         let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        check_len(path, len)?;
+        check_len(path, len, config)?;
         let direct = if config.direct { Some(open_direct(path, config)?) } else { None };
         let wanted = direct.as_ref().map_or(SECTOR as u32, |(_, alignment)| alignment.offset);
         let (logical_block, physical_block) = match kind.is_block_device() {
@@ -170,11 +170,14 @@ fn is_locked_in_time(file: &File, operation: FlockOperation) -> bool {
     waiter.ok().filter(has_lock).is_some_and(|waiter| waiter.join().is_ok())
 }
 
-fn check_len(path: &Path, len: u64) -> Result<(), ImageError> {
+fn check_len(path: &Path, len: u64, config: &DiskConfig) -> Result<(), ImageError> {
     if len < SECTOR {
         return Err(ImageError::TooSmall { path: path.into(), len });
     }
     if !len.is_multiple_of(SECTOR) {
+        if !config.more.is_empty() {
+            return Err(ImageError::Ragged { path: path.into(), len });
+        }
         log::warn!(
             "--disk {}: its last {} bytes are no whole sector of 512, and the guest does not see them",
             path.display(),

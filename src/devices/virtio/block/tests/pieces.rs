@@ -194,6 +194,15 @@ fn what_is_no_piece_is_named() {
 }
 
 #[test]
+fn too_few_descriptors_are_told_from_other_errors() {
+    for (errno, words) in [(libc::EMFILE, "ulimit -n"), (libc::EACCES, "")] {
+        let source = io::Error::from_raw_os_error(errno);
+        let error = BlockError::from(ImageError::Open { path: "a.img".into(), source }).to_string();
+        assert!(error.contains("a.img") && error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn each_of_several_files_is_locked() {
     let (files, _) = files(&[2, 2, 2]);
     let paths: Vec<_> = files.iter().map(NamedTempFile::path).collect();
