@@ -951,7 +951,8 @@ fn only_named_descriptors_are_open() {
         "/memfd:guest-memory (deleted)",
         "a path", // standard input, again for the serial port
         "a path",
-        "a path", // the folders of the control socket and the vsock's, the file of --metrics
+        "a path", // the folders of the control socket and the vsock's, the file of --metrics, what memory is taken
+        "a path",
         "a path",
         "a path",
         "a path", // the shared folder, twice, and that of descriptors
