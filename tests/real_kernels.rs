@@ -1,6 +1,8 @@
 //! Real kernels: Debian's stock ones and the tuned one. They need hardware-grade KVM, so `scripts/test` runs them
 //! with `--ignored` in `scripts/kvm-host`.
 
+#[path = "real/apps.rs"]
+mod apps;
 #[path = "real/balloon.rs"]
 mod balloon;
 mod common;

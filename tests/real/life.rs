@@ -15,31 +15,31 @@ use super::container::host_with_image;
 use super::net::{NAMES, add_route_and_names, in_own_network};
 use super::{initrd, status};
 
-fn tuned() -> Host {
+pub fn tuned() -> Host {
     host_with_image("tuned", "vmlinux", None)
 }
 
 /// `microvm WORDS`, whose words stand between blanks.
-fn microvm(host: &Host, words: &str) -> Command {
+pub fn microvm(host: &Host, words: &str) -> Command {
     // Shown where the test fails.
     eprintln!("microvm {words}");
     host.microvm(words.split_whitespace())
 }
 
-fn outcome(host: &Host, words: &str) -> Output {
+pub fn outcome(host: &Host, words: &str) -> Output {
     microvm(host, words).output().unwrap()
 }
 
 /// The output of a command that succeeds.
 #[track_caller]
-fn ok(host: &Host, words: &str) -> String {
+pub fn ok(host: &Host, words: &str) -> String {
     let output = outcome(host, words);
     status(&output, 0);
     stdout(&output)
 }
 
 /// A shell's script as the program of `words`.
-fn sh(host: &Host, words: &str, script: &str) -> Command {
+pub fn sh(host: &Host, words: &str, script: &str) -> Command {
     let mut command = microvm(host, words);
     command.args(["sh", "-c", script]);
     command
@@ -55,12 +55,12 @@ fn with_input(command: &mut Command, bytes: Vec<u8>) -> Output {
     output
 }
 
-fn ps(host: &Host) -> Vec<Value> {
+pub fn ps(host: &Host) -> Vec<Value> {
     serde_json::from_str(&ok(host, "ps -a --format json")).unwrap()
 }
 
 /// A command that goes on, when it has printed its first line.
-fn after_first_line(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
+pub fn after_first_line(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -73,7 +73,7 @@ fn after_first_line(mut command: Command) -> (Child, BufReader<std::process::Chi
     (child, out)
 }
 
-fn signal(child: &Child, signal: Signal) {
+pub fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
@@ -226,7 +226,7 @@ fn life_in_the_background() {
 
 /// What a command that fails says.
 #[track_caller]
-fn output_of(host: &Host, words: &str, expected: i32) -> String {
+pub fn output_of(host: &Host, words: &str, expected: i32) -> String {
     let output = outcome(host, words);
     status(&output, expected);
     let text = stderr(&output);
