@@ -10,6 +10,8 @@ mod common;
 mod console;
 #[path = "real/container.rs"]
 mod container;
+#[path = "real/crowd.rs"]
+mod crowd;
 #[path = "real/isolation.rs"]
 mod isolation;
 #[path = "real/life.rs"]
@@ -20,6 +22,8 @@ mod mixed;
 mod net;
 #[path = "real/share.rs"]
 mod share;
+#[path = "real/terminal.rs"]
+mod terminal;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

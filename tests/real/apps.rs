@@ -73,19 +73,21 @@ fn start_database(host: &Host) -> String {
     ok(host, &format!("run -d --name db {DATABASE} {words}"));
     let mut follow = microvm(host, "logs -f db").stderr(Stdio::piped()).spawn().unwrap();
     let mut printed = String::new();
-    for line in BufReader::new(follow.stderr.take().unwrap()).lines() {
+    let mut lines = BufReader::new(follow.stderr.take().unwrap()).lines();
+    while !printed.contains("ready to accept connections") {
+        let line = lines.next().unwrap_or_else(|| panic!("the database ended: {printed}"));
         printed += &(line.unwrap() + "\n");
-        if printed.contains("ready to accept connections") {
-            follow.kill().unwrap();
-            follow.wait().unwrap();
-            return printed;
-        }
     }
-    panic!("the database ended: {printed}");
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    printed
 }
 
 fn psql(host: &Host) -> Command {
-    microvm(host, "exec -i -u postgres -e PGHOST=/tmp db psql --no-psqlrc --quiet --no-align --tuples-only -v ON_ERROR_STOP=1")
+    microvm(
+        host,
+        "exec -i -u postgres -e PGHOST=/tmp db psql --no-psqlrc --quiet --no-align --tuples-only -v ON_ERROR_STOP=1",
+    )
 }
 
 #[track_caller]
@@ -102,7 +104,10 @@ fn postgresql_keeps_what_it_has_committed() {
     let words = "initdb -D /data/db -A trust --no-sync --no-instructions --locale=C -E UTF8";
     ok(&host, &format!("run --rm {DATABASE} db {words}"));
     start_database(&host);
-    ask(&host, "create table n as select g from generate_series(1, 10000) g; create table acknowledged (g int)");
+    ask(
+        &host,
+        "create table n as select g from generate_series(1, 10000) g; create table acknowledged (g int)",
+    );
     let sum = "select count(*), sum(g) from n";
     assert_eq!(ask(&host, sum), "10000|50005000");
     ok(&host, "stop --time 120s db");
