@@ -54,6 +54,12 @@ impl<'a> Tmux<'a> {
         self.done(&["send-keys", key]);
     }
 
+    /// So that what is waited for is not what was shown before.
+    #[track_caller]
+    fn clear(&self) {
+        self.done(&["send-keys", "-R"]);
+    }
+
     #[track_caller]
     fn resize(&self, [lines, columns]: [u16; 2]) {
         self.done(&["resize-window", "-x", &columns.to_string(), "-y", &lines.to_string()]);
@@ -120,9 +126,12 @@ fn a_shell_is_used_in_a_terminal() {
     tmux.session("exec -it bg sh", [[24, 80], [50, 132]]);
     assert_eq!(ps(&host)[0]["state"], "running");
     // End of input, as Ctrl-D gives it, ends a shell.
-    tmux.enter("clear; $MICROVM exec -it bg sh -c 'busybox cat; exit 5'; echo st''atus=$?");
+    tmux.clear();
+    tmux.enter(
+        "$MICROVM exec -it bg sh -c 'while read -r line; do echo it has $line; done; exit 5'; echo status=$?",
+    );
     tmux.enter("typed");
-    tmux.shows("typed");
+    tmux.shows("it has typed");
     tmux.press("C-d");
     tmux.shows("status=5");
     ok(&host, "rm --force bg");
@@ -134,7 +143,7 @@ fn a_shell_is_used_in_a_terminal() {
 fn a_container_ends_with_its_terminal() {
     let host = tuned();
     let tmux = Tmux::start(&host, [30, 100]);
-    tmux.enter("clear; $MICROVM run -it --network none --name term box sh");
+    tmux.enter("$MICROVM run -it --network none --name term box sh");
     tmux.shows("/ #");
     drop(tmux);
     // 128 and SIGHUP.
