@@ -41,8 +41,8 @@ fn assert_no_containers(host: &Host) {
 #[track_caller]
 fn assert_images_go(host: &Host) {
     let images: Vec<Value> = serde_json::from_str(&ok(host, "image ls --format json")).unwrap();
-    for image in &images {
-        ok(host, &format!("image rm {}", image["name"].as_str().unwrap()));
+    for name in images.iter().flat_map(|image| image["names"].as_array().unwrap()) {
+        ok(host, &format!("image rm {}", name.as_str().unwrap()));
     }
     ok(host, "image prune");
     let images = host.data().join("images");
