@@ -17,7 +17,7 @@ use super::common::{Host, stdout};
 use super::life::{microvm, ok, ps, sh, tuned};
 use super::status;
 
-/// Every file below a folder, and every folder without one.
+/// Every file below a folder.
 fn below(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     let paths = entries.map(|entry| entry.unwrap().path());
@@ -33,8 +33,10 @@ fn assert_no_containers(host: &Host) {
     let containers = host.data().join("containers");
     let names = fs::read_dir(containers).unwrap().map(|entry| entry.unwrap().file_name());
     assert_eq!(names.collect::<Vec<_>>(), ["lock"]);
-    let sockets = fs::read_dir(host.runtime()).into_iter().flatten().map(|entry| entry.unwrap().file_name());
-    assert_eq!(sockets.collect::<Vec<_>>(), Vec::<std::ffi::OsString>::new());
+    let sockets = host.runtime();
+    let left: Vec<_> =
+        fs::read_dir(&sockets).into_iter().flatten().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.is_empty(), "{left:?} with {:?}", below(&sockets));
 }
 
 /// All images can be removed, and then nothing is left of any.
@@ -98,15 +100,11 @@ fn twenty_run_at_once() {
 struct Random(u64);
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    fn next(&mut self) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) % bound as u64) as usize
-    }
-
-    fn of<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
-        if all.is_empty() { None } else { all.get(self.below(all.len())) }
+        (mixed ^ (mixed >> 31)) as usize
     }
 }
 
@@ -158,26 +156,27 @@ impl Chaos<'_> {
 
     fn step(&mut self, pulled: &str) {
         self.children.retain_mut(|child| child.try_wait().unwrap().is_none());
+        // As many numbers whatever is done, so that what runs then changes nothing of what is drawn later.
+        let [kind, deed, name, victim, pause] = [(); 5].map(|()| self.random.next());
         let processes = self.processes();
-        if processes.len() > CROWD || self.random.below(4) == 0 {
-            self.kill_one_of(&processes);
+        if processes.len() > CROWD || kind % 4 == 0 {
+            if !processes.is_empty() {
+                self.kill(processes[victim % processes.len()]);
+            }
         } else {
-            let name = format!("c{}", self.random.below(5));
-            let deed = *self.random.of(&DEEDS).unwrap();
-            let words = deed.replace("NAME", &name).replace("PULLED", pulled);
+            let name = format!("c{}", name % 5);
+            let words = DEEDS[deed % DEEDS.len()].replace("NAME", &name).replace("PULLED", pulled);
             let mut command: Command = microvm(self.host, &words);
             command.stdout(Stdio::null()).stderr(Stdio::null());
             self.children.push(command.spawn().unwrap());
             self.deeds += 1;
         }
-        thread::sleep(Duration::from_millis(self.random.below(500) as u64));
+        thread::sleep(Duration::from_millis(pause as u64 % 500));
     }
 
-    fn kill_one_of(&mut self, processes: &[Pid]) {
-        if let Some(pid) = self.random.of(processes) {
-            // Unless it has ended meanwhile.
-            self.kills += usize::from(kill_process(*pid, Signal::KILL).is_ok());
-        }
+    fn kill(&mut self, pid: Pid) {
+        // Unless it has ended meanwhile.
+        self.kills += usize::from(kill_process(pid, Signal::KILL).is_ok());
     }
 
     fn kill_all(&mut self) {
@@ -187,9 +186,7 @@ impl Chaos<'_> {
             if processes.is_empty() {
                 break;
             }
-            for pid in processes {
-                self.kills += usize::from(kill_process(pid, Signal::KILL).is_ok());
-            }
+            processes.into_iter().for_each(|pid| self.kill(pid));
             self.children.retain_mut(|child| child.try_wait().unwrap().is_none());
         }
         for child in &mut self.children {
@@ -203,7 +200,8 @@ fn given(name: &str) -> Option<u64> {
     Some(std::env::var(name).ok()?.parse().unwrap_or_else(|e| panic!("{name}: {e}")))
 }
 
-/// For 30 seconds, or `MICROVM_CHAOS_SECONDS`; `MICROVM_CHAOS_SEED` has the same done in the same order again.
+/// For 30 seconds, or `MICROVM_CHAOS_SECONDS`; `MICROVM_CHAOS_SEED` has the same drawn again. It needs root, to see whose
+/// processes are its own.
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn whatever_is_killed_leaves_nothing_that_stays() {
