@@ -83,9 +83,8 @@ impl<'a> Tmux<'a> {
     fn session(&self, command: &str, [old, new]: [[u16; 2]; 2]) {
         let size = |[lines, columns]: [u16; 2]| format!("{lines} {columns}");
         self.resize(old);
-        self.enter(&format!(
-            "clear; stty -g >before; $MICROVM {command}; s=$?; stty -g >after; echo status=$s"
-        ));
+        self.clear();
+        self.enter(&format!("stty -g >before; $MICROVM {command}; s=$?; stty -g >after; echo status=$s"));
         self.shows("/ #");
         self.enter("echo a terminal of $(busybox stty size)");
         self.shows(&format!("a terminal of {}", size(old)));
