@@ -134,8 +134,12 @@ const CROWD: usize = 12;
 struct Chaos<'a> {
     host: &'a Host,
     random: Random,
+    /// Where all say what is wrong.
+    errors: fs::File,
     children: Vec<Child>,
     deeds: usize,
+    /// Deeds that came to their own end.
+    finished: usize,
     kills: usize,
 }
 
@@ -155,11 +159,11 @@ impl Chaos<'_> {
     }
 
     fn step(&mut self, pulled: &str) {
-        self.children.retain_mut(|child| child.try_wait().unwrap().is_none());
+        self.reap();
         // As many numbers whatever is done, so that what runs then changes nothing of what is drawn later.
         let [kind, deed, name, victim, pause] = [(); 5].map(|()| self.random.next());
         let processes = self.processes();
-        if processes.len() > CROWD || kind % 4 == 0 {
+        if processes.len() > CROWD || kind % 6 == 0 {
             if !processes.is_empty() {
                 self.kill(processes[victim % processes.len()]);
             }
@@ -167,11 +171,19 @@ impl Chaos<'_> {
             let name = format!("c{}", name % 5);
             let words = DEEDS[deed % DEEDS.len()].replace("NAME", &name).replace("PULLED", pulled);
             let mut command: Command = microvm(self.host, &words);
-            command.stdout(Stdio::null()).stderr(Stdio::null());
+            command.stdout(Stdio::null()).stderr(self.errors.try_clone().unwrap());
             self.children.push(command.spawn().unwrap());
             self.deeds += 1;
         }
-        thread::sleep(Duration::from_millis(pause as u64 % 500));
+        thread::sleep(Duration::from_millis(pause as u64 % 1000));
+    }
+
+    fn reap(&mut self) {
+        self.children.retain_mut(|child| {
+            let status = child.try_wait().unwrap();
+            self.finished += usize::from(status.is_some_and(|status| status.code().is_some()));
+            status.is_none()
+        });
     }
 
     fn kill(&mut self, pid: Pid) {
@@ -187,7 +199,7 @@ impl Chaos<'_> {
                 break;
             }
             processes.into_iter().for_each(|pid| self.kill(pid));
-            self.children.retain_mut(|child| child.try_wait().unwrap().is_none());
+            self.reap();
         }
         for child in &mut self.children {
             child.wait().unwrap();
@@ -219,15 +231,27 @@ fn whatever_is_killed_leaves_nothing_that_stays() {
     host.file("other.tar", &archive(30_000));
     let image = Image::new(&[&archive(10_000), &archive(40_000)]);
     let registry = Fake::new(move |request| image.answer(request));
+    let said = host.file("errors", b"");
     let files = host.files();
+    let errors = fs::File::options().append(true).open(&said).unwrap();
 
-    let mut chaos = Chaos { host: &host, random: Random(seed), children: Vec::new(), deeds: 0, kills: 0 };
+    let mut chaos = Chaos {
+        host: &host,
+        random: Random(seed),
+        errors,
+        children: Vec::new(),
+        deeds: 0,
+        finished: 0,
+        kills: 0,
+    };
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(seconds) {
         chaos.step(&registry.app());
     }
     chaos.kill_all();
-    println!("{} commands, {} killed", chaos.deeds, chaos.kills);
+    println!("{} commands, {} of them not killed; {} kills", chaos.deeds, chaos.finished, chaos.kills);
+    let said = fs::read_to_string(said).unwrap();
+    assert!(!said.contains("panicked"), "{said}");
 
     let left = ps(&host);
     println!("{} containers are left", left.len());
