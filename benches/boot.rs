@@ -5,65 +5,31 @@
 //! together. Repeatable to 0.1 % with expedited RCU (series "expedited"); series "default" has the host's RCU waits.
 //! docs/benchmarks.md has the results and says what they cannot tell.
 
+mod common;
+
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+use common::{Result, Row, cache, in_counting_host, root, run, table};
 
-/// Runs of each sample; the first is warm-up.
-const RUNS: usize = 6;
 /// What Firecracker's guests are given in shared baselines; the reference rows use it, too.
 const MEMORY: &str = "128M";
-const INSIDE: &str = "MICROVM_BENCH_INSIDE";
 
 fn main() -> Result<()> {
-    // Cargo runs this for `cargo test --benches`, too, where nothing is to be measured.
-    if !std::env::args().any(|a| a == "--bench") {
-        return Ok(());
-    }
-    match std::env::var_os(INSIDE) {
-        Some(_) => inside(),
-        None => outside(),
-    }
+    in_counting_host(make_guests, inside)
 }
 
-fn outside() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let work = root.join("target/bench");
-    fs::create_dir_all(&work)?;
-    let run = |program: &str, args: &[&str]| -> Result<()> {
-        let status = Command::new(root.join(program)).args(args).status()?;
-        if status.success() { Ok(()) } else { Err(format!("{program} failed: {status}").into()) }
-    };
+fn make_guests(work: &Path) -> Result<()> {
     for kernel in ["tuned", "reference"] {
-        run("guest-kernels/build", &[kernel])?;
+        run(root().join("guest-kernels/build"), &[kernel])?;
         fs::copy(cache().join("kernels").join(kernel).join("vmlinux"), work.join(kernel))?;
     }
-    let initrd = work.join("initrd");
-    let init = root.join("guest-kernels/bench-init");
-    run(
-        "guest-kernels/initramfs",
-        &["--output", initrd.to_str().unwrap(), "--init", init.to_str().unwrap()],
-    )?;
-    fs::write(work.join("first"), resets_at_once(fs::read(work.join("reference"))?))?;
-    let status = Command::new(root.join("scripts/kvm-host"))
-        .args(["--icount", "--memory", "2G", "--"])
-        .arg(std::env::current_exe()?)
-        .arg("--bench")
-        .env(INSIDE, "1")
-        .env("MICROVM_BENCH_WORK", &work)
-        .status()?;
-    if status.success() { Ok(()) } else { Err(format!("the bench failed: {status}").into()) }
-}
-
-fn cache() -> PathBuf {
-    let var = |name| std::env::var_os(name).map(PathBuf::from);
-    var("MICROVM_CACHE").unwrap_or_else(|| {
-        var("XDG_CACHE_HOME").or(var("HOME").map(|h| h.join(".cache"))).unwrap_or_default().join("microvm")
-    })
+    let (initrd, init) = (work.join("initrd"), root().join("guest-kernels/bench-init"));
+    let flags = ["--output", initrd.to_str().unwrap(), "--init", init.to_str().unwrap()];
+    run(root().join("guest-kernels/initramfs"), &flags)?;
+    Ok(fs::write(work.join("first"), resets_at_once(fs::read(work.join("reference"))?))?)
 }
 
 /// `mov al, 0xfe; out 0x64, al; hlt` at both entry points of a kernel.
@@ -94,24 +60,9 @@ fn resets_at_once(mut elf: Vec<u8>) -> Vec<u8> {
     elf
 }
 
-/// One row: a name and a command.
-struct Row {
-    name: &'static str,
-    args: Vec<String>,
-}
-
-fn inside() -> Result<()> {
-    // A memory file system, so that no row pays for the file system that the host's files come through.
-    let work = PathBuf::from("/tmp/bench");
-    fs::create_dir_all(&work)?;
-    for entry in fs::read_dir(std::env::var("MICROVM_BENCH_WORK")?)? {
-        let entry = entry?;
-        fs::copy(entry.path(), work.join(entry.file_name()))?;
-    }
-    let microvm = work.join("microvm");
-    fs::copy(env!("CARGO_BIN_EXE_microvm"), &microvm)?;
+fn inside(work: &Path) -> Result<()> {
+    let path = |name: &str| work.join(name).display().to_string();
     let boot = |kernel: &str, initrd: bool| -> Vec<String> {
-        let path = |name: &str| work.join(name).display().to_string();
         let mut args = vec![path("microvm"), "boot".into(), "--memory".into(), MEMORY.into()];
         args.extend(["--kernel".into(), path(kernel)]);
         if initrd {
@@ -122,57 +73,18 @@ fn inside() -> Result<()> {
     let mapped = |kernel: &str, initrd: bool| -> Vec<String> {
         boot(kernel, initrd).into_iter().chain(["--load".into(), "map".into()]).collect()
     };
-    let rows = [
-        Row { name: "microvm --version", args: vec![microvm.display().to_string(), "--version".into()] },
-        Row { name: "reset at the first instruction", args: boot("first", false) },
-        Row { name: "reference kernel, boot to init and reboot", args: boot("reference", true) },
-        Row { name: "tuned kernel, boot to init and reboot", args: boot("tuned", true) },
-        Row { name: "reset at the first instruction, --load map", args: mapped("first", false) },
-        Row { name: "reference kernel, the same, --load map", args: mapped("reference", true) },
-        Row { name: "tuned kernel, the same, --load map", args: mapped("tuned", true) },
-    ];
-    println!(
-        "{:<12} {:<44} {:>10} {:>10} {:>10} {:>9}",
-        "series", "from exec to exit", "median M", "min M", "max M", "VM exits"
-    );
-    for (series, expedited) in [("expedited", "1"), ("default", "0")] {
-        fs::write("/sys/kernel/rcu_expedited", expedited)?;
-        for row in &rows {
-            let mut samples = (0..RUNS).map(|_| measure(&row.args)).collect::<Result<Vec<_>>>()?;
-            samples.remove(0);
-            samples.sort();
-            let exits = if row.args.len() > 2 { exits(&row.args)? } else { String::new() };
-            let millions = |d: Duration| d.as_nanos() as f64 / 1e6;
-            println!(
-                "{series:<12} {:<44} {:>10.2} {:>10.2} {:>10.2} {exits:>9}",
-                row.name,
-                millions(samples[samples.len() / 2]),
-                millions(samples[0]),
-                millions(samples[samples.len() - 1])
-            );
-        }
-    }
+    let row = |name: &str, args| Row { name: name.into(), args, is_vm: true };
+    table(&[
+        Row { is_vm: false, ..row("microvm --version", vec![path("microvm"), "--version".into()]) },
+        row("reset at the first instruction", boot("first", false)),
+        row("reference kernel, boot to init and reboot", boot("reference", true)),
+        row("tuned kernel, boot to init and reboot", boot("tuned", true)),
+        row("reset at the first instruction, --load map", mapped("first", false)),
+        row("reference kernel, the same, --load map", mapped("reference", true)),
+        row("tuned kernel, the same, --load map", mapped("tuned", true)),
+    ])?;
     println!("\nVMM memory that is not guest memory (PSS): {} KiB", vmm_memory(&mapped("tuned", false))?);
     Ok(())
-}
-
-fn measure(args: &[String]) -> Result<Duration> {
-    let begin = Instant::now();
-    let mut command = Command::new(&args[0]);
-    let status =
-        command.args(&args[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
-    let took = begin.elapsed();
-    if status.success() { Ok(took) } else { Err(format!("a sample failed ({status}): {args:?}").into()) }
-}
-
-/// VM exits of one more run. The timeline costs time, so no measured run has it.
-fn exits(args: &[String]) -> Result<String> {
-    let output =
-        Command::new(&args[0]).args(&args[1..]).arg("--timeline=json").stdin(Stdio::null()).output()?;
-    // The emulated host's kernel is old: the sandbox has a warning before it.
-    let text = String::from_utf8(output.stderr)?;
-    let json: serde_json::Value = serde_json::from_str(text.lines().last().ok_or("no timeline")?)?;
-    Ok(json["exits"]["total"].to_string())
 }
 
 /// Guest address of a kernel's first segment (`CONFIG_PHYSICAL_START`).

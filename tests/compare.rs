@@ -61,9 +61,16 @@ fn a_failed_sample_ends_the_comparison() {
 #[test]
 fn flags_that_an_isolation_lacks_are_refused() {
     let host = host_with_image();
-    for flag in
-        ["-d", "-p 80:80", "-v /tmp:/x", "--kernel k", "--network user", "--serial null", "--storage 1G"]
-    {
+    for flag in [
+        "-d",
+        "-p 80:80",
+        "-v /tmp:/x",
+        "--kernel k",
+        "--network user",
+        "--serial null",
+        "--storage 1G",
+        "--metrics m",
+    ] {
         for isolation in ["container", "process"] {
             let output = microvm(&host, &format!("run --isolation {isolation} {flag} box /bin/x"));
             let long = match flag.split(' ').next().unwrap() {

@@ -230,6 +230,21 @@ fn a_copy_that_fails_leaves_nothing() {
 }
 
 #[test]
+fn a_copy_that_is_broken_off_leaves_nothing() {
+    let (asked, is_asked) = channel();
+    let fake = Fake::new(silent(asked));
+    let target = fake.target();
+    let mut command = fake.host.microvm(["cp", "web:/x", target.to_str().unwrap()]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stream = is_asked.recv_timeout(PATIENCE).unwrap();
+    send(&mut stream, &[(Kind::Output, &archive("x", &[7; 4096])[..1000])]);
+    interrupt(&child);
+    let output = finish(child);
+    assert!(!output.status.success());
+    assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
+}
+
+#[test]
 fn one_that_has_ended_is_not_asked() {
     let fake = Fake::new(|_, _| panic!("it is asked"));
     // SAFETY: a plain system call on a descriptor that is open.

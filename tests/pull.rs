@@ -3,55 +3,12 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use common::images::{Images, by_umoci, tool, with_stacked};
+use common::registry::Registry;
 use common::{assert_fails, stderr};
 use serde_json::{Value, json};
-
-/// A registry that ends with the test.
-struct Registry {
-    process: Child,
-    address: String,
-}
-
-impl Registry {
-    fn start(images: &Images, http: &str, more: &str) -> Self {
-        let config = format!(
-            "version: 0.1\nlog: {{level: info, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '127.0.0.1:0'{http}}}\n{more}",
-            images.path("registry").display()
-        );
-        images.host.file("registry.yml", config.as_bytes());
-        let mut command = Command::new("docker-registry");
-        command.args(["serve", "registry.yml"]).current_dir(images.host.dir.path());
-        let mut process = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let mut log = BufReader::new(process.stderr.take().unwrap());
-        // It tells its port, and is then asked.
-        let address = loop {
-            let mut line = String::new();
-            assert!(log.read_line(&mut line).unwrap() > 0, "docker-registry has ended");
-            if let Some((_, rest)) = line.split_once("listening on ") {
-                break rest.split(['"', ',']).next().unwrap().to_string();
-            }
-        };
-        // Nobody else reads it, and a full pipe would stop it.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-        Self { process, address }
-    }
-
-    fn plain(images: &Images) -> Self {
-        Self::start(images, "", "")
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 /// The file systems of an image's layers.
 fn layers(images: &Images, name: &str) -> Vec<Vec<u8>> {
@@ -63,7 +20,7 @@ fn layers(images: &Images, name: &str) -> Vec<Vec<u8>> {
 #[test]
 fn what_skopeo_pushes_is_what_is_pulled() {
     let images = Images::new();
-    let registry = Registry::plain(&images);
+    let registry = Registry::plain(&images.host);
     by_umoci(&images);
     let push = |from: &str, tag: &str| {
         let registry = &registry.address;
@@ -101,7 +58,7 @@ fn what_skopeo_pushes_is_what_is_pulled() {
 #[test]
 fn what_buildah_pushes_is_pulled() {
     let images = Images::new();
-    let registry = Registry::plain(&images);
+    let registry = Registry::plain(&images.host);
     let address = &registry.address;
     // For several machines, of which the other has nothing that could be unpacked here.
     let script = format!(
@@ -139,7 +96,7 @@ fn encryption_and_a_password_are_asked_for() {
          htpasswd -Bbn somebody 'pass:word' >htpasswd",
     );
     let tls = ", tls: {certificate: cert.pem, key: key.pem}";
-    let registry = Registry::start(&images, tls, "auth: {htpasswd: {realm: here, path: htpasswd}}\n");
+    let registry = Registry::start(&images.host, tls, "auth: {htpasswd: {realm: here, path: htpasswd}}\n");
     by_umoci(&images);
     let address = &registry.address;
     let name = format!("{address}/app:1");
@@ -172,7 +129,7 @@ fn encryption_and_a_password_are_asked_for() {
 #[test]
 fn a_disk_that_is_full_registers_nothing() {
     let images = Images::new();
-    let registry = Registry::plain(&images);
+    let registry = Registry::plain(&images.host);
     by_umoci(&images);
     let name = format!("{}/app:1", registry.address);
     tool(&images, &format!("skopeo copy -q --dest-tls-verify=false oci:oci:app docker://{name}"));

@@ -20,6 +20,8 @@ mod life;
 mod mixed;
 #[path = "real/net.rs"]
 mod net;
+#[path = "real/registry.rs"]
+mod registry;
 #[path = "real/share.rs"]
 mod share;
 #[path = "real/terminal.rs"]

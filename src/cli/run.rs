@@ -131,6 +131,9 @@ pub struct RunArgs {
     /// Where the time went, on standard error
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "human")]
     timeline: Option<Format>,
+    /// Write all counters as JSON to a file when the VM has ended
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
     /// Where the guest's serial port goes, to see its kernel: stdio, null or file=PATH
     #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(|text| HostEnd::parse(&text)),
           hide_short_help = true)]
@@ -246,7 +249,7 @@ fn run_here(
     let launch = Launch {
         timeline: args.timeline,
         kvm_device: PathBuf::from("/dev/kvm"),
-        metrics: None,
+        metrics: args.metrics,
         prepare: Some(Box::new(prepare)),
     };
     let ended = storage.map_err(CliError::from).and_then(|storage| {

@@ -55,6 +55,7 @@ const READING: &str = "<h2>How to read this</h2>
 what stands behind them in brackets is the middle 95 % of what 2000 draws of the same rounds give (bootstrap).</p>
 <p>Times are of the whole <code>microvm run</code>: from exec to the program's start or to the exit of <code>microvm</code>. Memory is the
 most that was charged to the run's control group: microvm, the container runtime, guest memory that was touched, the program.
+What a VM takes is also told apart: guest memory and microvm itself.
 Figures of one host say nothing of another's. docs/compare.md says what is in each of them.</p>
 ";
 

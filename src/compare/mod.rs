@@ -16,7 +16,7 @@ use crate::container::{Cgroup, Isolation};
 pub use host::Fingerprint;
 pub use html::{short, to_html};
 pub use report::{Measure, Report, Series};
-pub use sample::{Phase, Printed, Sample};
+pub use sample::{Phase, Printed, Sample, VmMemory};
 pub use stages::{Stage, stages};
 pub use stats::{Ratio, Summary, median, quantile};
 

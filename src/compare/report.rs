@@ -58,15 +58,21 @@ pub struct Measure {
 /// A figure's name, unit, and value in a sample.
 type Figure = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
 
-const FIGURES: [Figure; 4] = [
+const FIGURES: [Figure; 6] = [
     ("exec to program's start", "ms", |sample| sample.start_ns.map(ms)),
     ("exec to exit", "ms", |sample| Some(ms(sample.total_ns))),
-    ("peak memory", "MiB", |sample| sample.memory_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))),
+    ("peak memory", "MiB", |sample| sample.memory_bytes.map(mib)),
+    ("guest memory touched", "MiB", |sample| Some(mib(sample.vm_memory?.guest_bytes))),
+    ("microvm's own memory (PSS)", "MiB", |sample| Some(mib(sample.vm_memory?.microvm_bytes))),
     ("VM exits", "", |sample| sample.exits.map(|exits| exits as f64)),
 ];
 
 fn ms(ns: u64) -> f64 {
     ns as f64 / 1e6
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 impl Report {
@@ -139,6 +145,7 @@ fn remarks(plan: &Plan, series: &[Series], host: &Fingerprint) -> Vec<String> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::sample::VmMemory;
     use super::*;
     use std::time::Duration;
 
@@ -154,10 +161,11 @@ pub(super) mod tests {
             timeout: Duration::from_secs(1),
             measures_memory: true,
         };
-        let sample = |ms: u64, exits| Sample {
+        let sample = |ms: u64, exits: Option<u64>| Sample {
             start_ns: Some(ms * 500_000),
             total_ns: ms * 1_000_000,
             memory_bytes: Some(ms << 20),
+            vm_memory: exits.map(|_| VmMemory { guest_bytes: 30 << 20, microvm_bytes: 2 << 20 }),
             exits,
             phases: Vec::new(),
             printed: Default::default(),
@@ -180,8 +188,10 @@ pub(super) mod tests {
         );
         assert_eq!(process.measures[1].ratio, None);
         assert_eq!(container.measures[2].summary.unwrap().min, 20.0);
-        assert_eq!((vm.measures[3].summary.unwrap().median, vm.measures[3].ratio), (700.0, None));
-        assert_eq!(container.measures[3].summary, None);
+        for (index, value) in [(3, 30.0), (4, 2.0), (5, 700.0)] {
+            assert_eq!((vm.measures[index].summary.unwrap().median, vm.measures[index].ratio), (value, None));
+            assert_eq!(container.measures[index].summary, None);
+        }
         assert!(
             report.remarks.iter().any(|remark| remark.contains("4 runs are few")),
             "{:?}",

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -30,6 +30,8 @@ pub struct Sample {
     pub total_ns: u64,
     /// The most memory that was charged to its control group, in bytes.
     pub memory_bytes: Option<u64>,
+    /// What the VM takes, in a run of its own.
+    pub vm_memory: Option<VmMemory>,
     /// VM exits.
     pub exits: Option<u64>,
     /// The timeline.
@@ -37,6 +39,29 @@ pub struct Sample {
     /// What the program printed.
     #[serde(skip)]
     pub printed: Printed,
+}
+
+/// What a VM has taken of the host's memory when its guest has ended, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct VmMemory {
+    /// Guest memory that was touched.
+    pub guest_bytes: u64,
+    /// microvm's own; of shared pages its share (PSS).
+    pub microvm_bytes: u64,
+}
+
+impl VmMemory {
+    /// Out of schema `microvm.metrics/1`.
+    fn of(metrics: &[u8]) -> Option<Self> {
+        let metrics: serde_json::Value = serde_json::from_slice(metrics).ok()?;
+        let families = metrics["metrics"].as_array()?;
+        let value = |name: &str| {
+            let family = families.iter().find(|family| family["name"] == name)?;
+            family["samples"][0]["value"].as_u64()
+        };
+        let guest_bytes = value("microvm_memory_touched_bytes")?;
+        Some(Self { guest_bytes, microvm_bytes: value("microvm_memory_vmm_bytes")? })
+    }
 }
 
 /// A program's two streams.
@@ -74,7 +99,7 @@ struct Exits {
 /// How the JSON timeline begins. It is the last line of standard error.
 const TIMELINE: &[u8] = br#"{"schema":"microvm.timeline/1""#;
 
-/// Runs the plan's program once.
+/// Runs the plan's program once; in a VM once more, to see what memory that takes, which costs time.
 ///
 /// # Errors
 /// The run failed, in its own words; or it cannot be measured.
@@ -82,26 +107,56 @@ pub(super) fn take(plan: &Plan, isolation: Isolation, round: usize) -> Result<Sa
     let failed = |reason: String| CompareError::Sample { isolation, round, reason };
     let group = plan.measures_memory.then(|| Group::make(isolation, round)).transpose();
     let group = group.map_err(|e| failed(format!("a control group cannot be made: {e}")))?;
-    let run = run(plan, isolation, group.as_ref()).map_err(|e| failed(format!("it cannot be run: {e}")))?;
-    let (printed, timeline) = divide(run.output, run.errors);
-    if run.status != Some(0) {
-        let status = run.status.map_or("by a signal".into(), |status| format!("with status {status}"));
-        let words = String::from_utf8_lossy(&printed.errors).lines().last().map(str::to_owned);
-        return Err(failed(format!(
-            "it ended {status}: {}",
-            words.unwrap_or_else(|| "it said nothing".into())
-        )));
-    }
-    let timeline = timeline.ok_or_else(|| failed("it gave no timeline".into()))?;
+    let Checked { time, printed, timeline } =
+        checked(plan, isolation, group.as_ref(), None).map_err(failed)?;
+    let memory_bytes = group.as_ref().and_then(|group| group.all.peak());
+    drop(group);
+    let vm_memory = (isolation == Isolation::Vm).then(|| vm_memory(plan, &printed)).transpose();
     let setup = timeline.phases.iter().find(|phase| phase.name == "workload-setup");
     Ok(Sample {
         start_ns: setup.map(|phase| phase.start_ns + phase.duration_ns),
-        total_ns: u64::try_from(run.time.as_nanos()).unwrap_or(u64::MAX),
-        memory_bytes: group.as_ref().and_then(|group| group.all.peak()),
+        total_ns: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+        memory_bytes,
+        vm_memory: vm_memory.map_err(failed)?,
         exits: timeline.exits.total,
         phases: timeline.phases,
         printed,
     })
+}
+
+/// Runs a VM and asks what memory it takes. It must print what it printed before.
+fn vm_memory(plan: &Plan, expected: &Printed) -> Result<VmMemory, String> {
+    let metrics = memory_file("metrics").map_err(|e| format!("its memory cannot be measured: {e}"))?;
+    let printed = checked(plan, Isolation::Vm, None, Some(&metrics))?.printed;
+    if printed != *expected {
+        return Err("it printed something else when it was run once more, to measure memory".into());
+    }
+    let metrics = contents(metrics).map_err(|e| e.to_string())?;
+    VmMemory::of(&metrics).ok_or_else(|| "it gave no memory figures: is /proc there?".into())
+}
+
+/// A run that ended as it should.
+struct Checked {
+    time: Duration,
+    printed: Printed,
+    timeline: Timeline,
+}
+
+fn checked(
+    plan: &Plan,
+    isolation: Isolation,
+    group: Option<&Group>,
+    metrics: Option<&File>,
+) -> Result<Checked, String> {
+    let run = run(plan, isolation, group, metrics).map_err(|e| format!("it cannot be run: {e}"))?;
+    let (printed, timeline) = divide(run.output, run.errors);
+    if run.status != Some(0) {
+        let status = run.status.map_or("by a signal".into(), |status| format!("with status {status}"));
+        let words = String::from_utf8_lossy(&printed.errors).lines().last().map(str::to_owned);
+        return Err(format!("it ended {status}: {}", words.unwrap_or_else(|| "it said nothing".into())));
+    }
+    let timeline = timeline.ok_or("it gave no timeline")?;
+    Ok(Checked { time: run.time, printed, timeline })
 }
 
 /// Where a sample's memory is charged: all of it, and in it `microvm` itself.
@@ -125,7 +180,7 @@ struct Run {
     errors: Vec<u8>,
 }
 
-fn run(plan: &Plan, isolation: Isolation, group: Option<&Group>) -> io::Result<Run> {
+fn run(plan: &Plan, isolation: Isolation, group: Option<&Group>, metrics: Option<&File>) -> io::Result<Run> {
     let program = std::env::current_exe()?;
     // Nobody has to read them while the clock runs.
     let (output, errors) = (memory_file("output")?, memory_file("errors")?);
@@ -133,6 +188,10 @@ fn run(plan: &Plan, isolation: Isolation, group: Option<&Group>) -> io::Result<R
     command.args(plan.arguments(isolation));
     if let (Isolation::Container, Some(group)) = (isolation, group) {
         command.arg("--cgroup-parent").arg(PathBuf::from(group.all.name()));
+    }
+    if let Some(file) = metrics {
+        // This process has it open until the other has ended.
+        command.arg("--metrics").arg(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
     }
     command.arg(&plan.image).args(&plan.command);
     // What microvm warns of is not the program's.
@@ -197,6 +256,22 @@ fn divide(output: Vec<u8>, mut errors: Vec<u8>) -> (Printed, Option<Timeline>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vms_memory_is_found_among_its_metrics() {
+        let family = |name, value| {
+            format!(
+                r#"{{"name":"{name}","type":"gauge","help":"","samples":[{{"labels":{{}},"value":{value}}}]}}"#
+            )
+        };
+        let document = |families: &[String]| format!(r#"{{"metrics":[{}]}}"#, families.join(","));
+        let touched = family("microvm_memory_touched_bytes", 7);
+        let all =
+            document(&[family("microvm_vcpus", 1), touched.clone(), family("microvm_memory_vmm_bytes", 9)]);
+        assert_eq!(VmMemory::of(all.as_bytes()), Some(VmMemory { guest_bytes: 7, microvm_bytes: 9 }));
+        assert_eq!(VmMemory::of(document(&[touched]).as_bytes()), None);
+        assert_eq!(VmMemory::of(b""), None);
+    }
 
     #[test]
     fn the_timeline_is_not_the_programs() {

@@ -103,6 +103,7 @@ mod tests {
             start_ns: None,
             total_ns: total_ms * 1_000_000,
             memory_bytes: None,
+            vm_memory: None,
             exits: None,
             printed: Default::default(),
         }

@@ -59,8 +59,13 @@ impl LogWriter {
         record.push(kind as u8);
         record.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
         record.extend_from_slice(bytes);
+        let mut file = &self.files[self.current];
+        file.write_all(&record).inspect_err(|_| {
+            // What came of it would be in the way of all that follows.
+            let _ = file.set_len(self.written);
+        })?;
         self.written += len;
-        self.files[self.current].write_all(&record)
+        Ok(())
     }
 }
 

@@ -17,6 +17,7 @@ pub mod mapping;
 pub mod names;
 pub mod program;
 pub mod signals;
+pub mod smaps;
 pub mod socket_file;
 pub mod syscalls;
 pub mod tap;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate};
@@ -136,6 +137,16 @@ impl Memory {
     pub fn keep(&self, kept: &mut Kept) {
         let files = self.0.guest.iter().filter_map(GuestMemoryRegion::file_offset);
         files.for_each(|file| kept.add("guest memory", file.file()));
+    }
+
+    /// Where it is mapped in this process.
+    #[must_use]
+    pub fn host_ranges(&self) -> Vec<Range<u64>> {
+        let range = |region: &GuestRegionMmap| {
+            let start = region.as_ptr() as u64;
+            start..start + region.len()
+        };
+        self.0.guest.iter().map(range).collect()
     }
 
     /// The memory as devices see it.

@@ -33,6 +33,7 @@ use super::boot_files::{BootFileError, BootFiles};
 use super::console::{Console, ConsoleError, GuestEnd};
 use super::devices::{DeviceError, Devices};
 use super::machine::{Machine, MachineParts};
+use super::metrics::MemorySource;
 use super::run::EventSources;
 use super::state::StateCell;
 
@@ -180,6 +181,11 @@ pub fn build(
     vcpus.iter().for_each(|vcpu| vcpu.keep(&mut kept));
     let state = Arc::new(StateCell::new());
     let pauses = super::metrics::register(&metrics, config, state.clone(), sources);
+    if metrics.is_full() {
+        // A host without /proc still runs VMs.
+        let source = MemorySource::new(&memory, &mut kept);
+        source.into_iter().for_each(|source| metrics.add_source(Arc::new(source)));
+    }
     let outputs = consoles.iter().map(Console::output).collect();
     let parts = MachineParts { devices: controls, threads, consoles: outputs, state, pauses };
     let machine = Machine::new(parts);

@@ -1,10 +1,16 @@
 //! The counters of a VM as a whole. Those of its devices are registered where the devices are.
 
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::VmConfig;
 use crate::metrics::{Counter, ExitSource, Label, Metric, Registry, Snapshot, Source};
+use crate::sandbox::Kept;
+use crate::sys::smaps::Smaps;
+use crate::vm::Memory;
 
 use super::state::{State, StateCell};
 
@@ -20,6 +26,12 @@ const KVM_EXITS: Metric =
     Metric::counter("microvm_vcpu_kvm_exits_total", "VM exits as KVM counts them, by vCPU and reason.");
 const ALL_EXITS: Metric =
     Metric::counter("microvm_vcpu_all_exits_total", "All VM exits of a vCPU as KVM counts them.");
+const TOUCHED: Metric =
+    Metric::gauge("microvm_memory_touched_bytes", "Guest memory that the host has given pages to.");
+const OWN: Metric = Metric::gauge(
+    "microvm_memory_vmm_bytes",
+    "Memory of microvm itself, guest memory left out; of shared pages its share (PSS).",
+);
 
 /// What is worked out when it is asked for.
 struct VmSource {
@@ -61,6 +73,33 @@ impl Source for VmSource {
             if let Some(total) = exits.total {
                 snapshot.add(ALL_EXITS, vec![vcpu_label], total);
             }
+        }
+    }
+}
+
+/// What memory the VM takes of the host. Reading it walks page tables, so it is there where all is wanted.
+pub(super) struct MemorySource {
+    smaps: Smaps,
+    guest: Vec<Range<u64>>,
+}
+
+impl MemorySource {
+    /// Opens what tells of it.
+    ///
+    /// # Errors
+    /// There is no /proc, or no descriptor left.
+    pub(super) fn new(memory: &Memory, kept: &mut Kept) -> io::Result<Self> {
+        let smaps = Smaps::open()?;
+        kept.add("what memory is taken", &smaps.as_fd());
+        Ok(Self { smaps, guest: memory.host_ranges() })
+    }
+}
+
+impl Source for MemorySource {
+    fn collect(&self, snapshot: &mut Snapshot) {
+        if let Ok(taken) = self.smaps.read(&self.guest) {
+            snapshot.add(TOUCHED, Vec::new(), taken.inside);
+            snapshot.add(OWN, Vec::new(), taken.outside);
         }
     }
 }

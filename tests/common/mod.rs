@@ -3,6 +3,7 @@
 
 pub mod fake_registry;
 pub mod images;
+pub mod registry;
 
 use std::ffi::{OsStr, OsString, c_int};
 use std::fs::File;
@@ -96,7 +97,7 @@ pub fn elf(code: &[u8], protocol: Protocol) -> Vec<u8> {
 pub struct Host {
     pub dir: TempDir,
     /// For the control sockets of VMs that are killed, which stay behind.
-    run: TempDir,
+    pub run: TempDir,
     /// What programs find in their environment besides.
     pub env: Vec<(String, OsString)>,
 }

@@ -201,12 +201,18 @@ fn a_comparison_has_all_figures() {
                 series["isolation"] == "vm",
                 "{sample}"
             );
+            assert_eq!(sample["vm_memory"].is_object(), series["isolation"] == "vm", "{sample}");
         }
         assert_eq!(series["samples"].as_array().unwrap().len(), 2);
     }
     // A kernel and its memory are more than a process.
     let memory = |n: usize| series[n]["samples"][0]["memory_bytes"].as_u64().unwrap();
     assert!(memory(2) > memory(0) + (16 << 20), "{} {}", memory(2), memory(0));
+    // Most of it is the guest's.
+    let told = |what: &str| series[2]["samples"][0]["vm_memory"][what].as_u64().unwrap();
+    let (guest, own) = (told("guest_bytes"), told("microvm_bytes"));
+    assert!(guest > 16 << 20 && own > 1 << 20 && own < 16 << 20, "{guest} {own}");
+    assert!(guest + own < memory(2) * 5 / 4, "{guest} {own} {}", memory(2));
     assert!(fs::read_to_string(&page).unwrap().contains("</html>"));
     assert_eq!(groups(), Vec::<String>::new());
     // What differs is not compared.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
@@ -26,7 +26,7 @@ pub fn microvm(host: &Host, words: &str) -> Command {
     host.microvm(words.split_whitespace())
 }
 
-pub fn outcome(host: &Host, words: &str) -> Output {
+fn outcome(host: &Host, words: &str) -> Output {
     microvm(host, words).output().unwrap()
 }
 
@@ -60,7 +60,7 @@ pub fn ps(host: &Host) -> Vec<Value> {
 }
 
 /// A command that goes on, when it has printed its first line.
-pub fn after_first_line(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
+fn after_first_line(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -73,7 +73,7 @@ pub fn after_first_line(mut command: Command) -> (Child, BufReader<std::process:
     (child, out)
 }
 
-pub fn signal(child: &Child, signal: Signal) {
+fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
@@ -226,7 +226,7 @@ fn life_in_the_background() {
 
 /// What a command that fails says.
 #[track_caller]
-pub fn output_of(host: &Host, words: &str, expected: i32) -> String {
+fn output_of(host: &Host, words: &str, expected: i32) -> String {
     let output = outcome(host, words);
     status(&output, expected);
     let text = stderr(&output);
@@ -278,6 +278,52 @@ fn ends_of_all_kinds_leave_what_can_be_removed() {
     }
     assert_eq!(ps(&host), Vec::<Value>::new());
     ok(&host, "image rm box");
+}
+
+/// A disk of its own in place of a folder, as long as this lives.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn at(folder: PathBuf) -> Self {
+        fs::create_dir_all(&folder).unwrap();
+        mount(&["-t", "tmpfs", "-o", "size=256k", "none"], &folder);
+        Self(folder)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+fn mount(flags: &[&str], folder: &Path) {
+    assert!(Command::new("mount").args(flags).arg(folder).status().unwrap().success());
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_disk_that_is_full_or_read_only_is_told_and_keeps_nothing() {
+    let host = tuned();
+    let disk = SmallDisk::at(host.run.path().join("data/containers"));
+    // Its log has no room for that; its reader has.
+    let output = sh(&host, "run --name long box", "busybox yes | busybox head -c 3000000").output().unwrap();
+    status(&output, 0);
+    assert_eq!(output.stdout.len(), 3_000_000);
+    let kept = ok(&host, "logs long");
+    assert!(kept.len() > 10_000 && kept.chars().all(|c| "y\n".contains(c)), "{} bytes", kept.len());
+    ok(&host, "rm long");
+    assert!(fs::write(disk.0.join("fill"), vec![0; 1 << 20]).is_err(), "it is larger than it should be");
+    for words in ["run box true", "run -d box true", "run --rm box true", "run --storage 64M box true"] {
+        assert!(output_of(&host, words, 125).contains("No space left"));
+    }
+    mount(&["-o", "remount,ro"], &disk.0);
+    assert!(output_of(&host, "run box true", 125).contains("Read-only"));
+    assert_eq!(ps(&host), Vec::<Value>::new());
+    mount(&["-o", "remount,rw"], &disk.0);
+    fs::remove_file(disk.0.join("fill")).unwrap();
+    let left: Vec<_> = fs::read_dir(&disk.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["lock"]);
 }
 
 /// The body of an answer to a request over HTTP.

@@ -2,14 +2,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
 
 use crate::container::{Agent, Container, ContainerError, Containers};
 use crate::guest::archive::append;
 use crate::guest::wire::Request;
+use crate::sys::signals::{Signal, Signals};
 
 use super::super::CliError;
 use super::unpack::{take_out, unpack};
@@ -22,6 +25,7 @@ Exit status:
   0  done
   1  a file or the container is not there, or the disk is full
   2  wrong usage
+  128 and a signal's number: that signal came while files were unpacked
 
 Examples:
   microvm cp site web:/srv
@@ -93,27 +97,51 @@ fn fetch(container: &Container, path: &str, to: &Place) -> Result<u8, CliError> 
             "cp: {path:?} has no name: name the copy, too, in a folder that is there"
         )));
     };
+    let archive = receive(&mut agent, folder)?;
+    // Until here nothing has a name, and a signal may end this at once.
+    let mut archive = Stoppable { archive, signals: Signals::new().map_err(failed)?, signal: None };
     let work = folder.join(format!(".microvm-cp-{}", std::process::id()));
     // What the container keeps from others is kept from others here.
     fs::DirBuilder::new().mode(0o700).create(&work).map_err(failed)?;
-    let done = receive(&mut agent, &work).and_then(|archive| {
-        // What is in "/" comes without it.
-        let top = if Path::new(path).file_name().is_some() { work.clone() } else { work.join(name) };
-        let unpacked = fs::create_dir_all(&top).and_then(|()| unpack(archive, &top));
-        unpacked.and_then(|()| take_out(&work, folder, name)).map_err(failed)
-    });
+    // What is in "/" comes without it.
+    let top = if Path::new(path).file_name().is_some() { work.clone() } else { work.join(name) };
+    let unpacked = fs::create_dir_all(&top).and_then(|()| unpack(&mut archive, &top));
+    let done = unpacked.and_then(|()| take_out(&work, folder, name));
     let _ = fs::remove_dir_all(&work);
-    done.map(|()| 0)
+    match archive.signal {
+        Some(signal) => Ok(128 + signal),
+        None => done.map(|()| 0).map_err(failed),
+    }
+}
+
+/// An archive that cannot be read any more when a signal has come to end this process.
+struct Stoppable {
+    archive: File,
+    signals: Signals,
+    signal: Option<u8>,
+}
+
+impl Read for Stoppable {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while let Some(signal) = self.signals.take() {
+            if let Signal::End(number) = signal {
+                self.signal = Some(number);
+            }
+        }
+        if self.signal.is_some() { Err(io::ErrorKind::BrokenPipe.into()) } else { self.archive.read(buffer) }
+    }
+}
+
+impl Seek for Stoppable {
+    fn seek(&mut self, position: io::SeekFrom) -> io::Result<u64> {
+        self.archive.seek(position)
+    }
 }
 
 /// The archive goes to a file first: what unpacks it then reads no stream that may end in the middle.
-fn receive(agent: &mut Agent, work: &Path) -> Result<File, CliError> {
-    let path = work.join("archive");
-    let failed = |source| CliError::Copy { path: path.clone(), source };
-    let open = File::options().read(true).write(true).create_new(true).open(&path);
-    let mut file = open.map_err(failed)?;
-    // It needs no name any more.
-    fs::remove_file(&path).map_err(failed)?;
+fn receive(agent: &mut Agent, folder: &Path) -> Result<File, CliError> {
+    let failed = |source| CliError::Copy { path: folder.into(), source };
+    let mut file = tempfile(folder).map_err(failed)?;
     agent.receive(&mut file)?;
     Ok(file)
 }
@@ -161,7 +189,7 @@ fn is_folder(container: &Container, path: &str) -> bool {
 
 /// An archive of `source`, in a file without a name.
 fn pack(source: &Path, name: &Path) -> io::Result<impl Read + use<>> {
-    let mut archive = tar::Builder::new(io::BufWriter::new(tempfile()?));
+    let mut archive = tar::Builder::new(io::BufWriter::new(tempfile(&std::env::temp_dir())?));
     // A link to a folder that is named itself stands for the folder.
     let path = if source.is_dir() { source.canonicalize()? } else { source.into() };
     append(&mut archive, name, &path)?;
@@ -171,16 +199,42 @@ fn pack(source: &Path, name: &Path) -> io::Result<impl Read + use<>> {
     Ok(io::BufReader::new(file))
 }
 
-/// A file without a name where such are kept.
-fn tempfile() -> io::Result<File> {
-    use rustix::fs::{CWD, Mode, OFlags, openat};
+/// A file in `folder` that has no name, or not for long where the file system asks for one.
+fn tempfile(folder: &Path) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    Ok(openat(CWD, std::env::temp_dir(), flags, Mode::RUSR | Mode::WUSR)?.into())
+    match openat(CWD, folder, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            let path = folder.join(format!(".microvm-cp-{}", std::process::id()));
+            let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+            fs::remove_file(&path)?;
+            Ok(file)
+        }
+        Err(e) => Err(e.into()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_archive_ends_with_a_signal() {
+        // In a thread of its own, as its signals stay blocked.
+        let test = || {
+            let mut archive = tempfile(&std::env::temp_dir()).unwrap();
+            archive.write_all(b"text").unwrap();
+            archive.rewind().unwrap();
+            let mut archive = Stoppable { archive, signals: Signals::new().unwrap(), signal: None };
+            let mut two = [0; 2];
+            archive.read_exact(&mut two).unwrap();
+            // SAFETY: to this thread, which has blocked it.
+            assert_eq!(unsafe { libc::raise(libc::SIGTERM) }, 0);
+            assert!(archive.read_exact(&mut two).is_err());
+            assert_eq!((two, archive.signal), (*b"te", Some(15)));
+        };
+        std::thread::spawn(test).join().unwrap();
+    }
 
     #[test]
     fn a_colon_makes_it_a_containers() {

@@ -1,8 +1,8 @@
 //! Unpacks what comes out of a container: an archive that its guest made, and nobody vouches for.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, Permissions};
-use std::io::{self, BufReader, Seek};
+use std::fs::{self, Permissions};
+use std::io::{self, BufReader, Read, Seek};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -17,10 +17,10 @@ const MAX_FOLDERS: usize = 1 << 17;
 ///
 /// # Errors
 /// It is no archive, or one that wants more than any file needs; the disk is full.
-pub fn unpack(mut archive: File, work: &Path) -> io::Result<()> {
+pub fn unpack(mut archive: impl Read + Seek, work: &Path) -> io::Result<()> {
     archive.rewind()?;
     // The `tar` crate would read names of any length into memory.
-    if count_folders(BufReader::new(&archive)).map_err(io::Error::other)? > MAX_FOLDERS {
+    if count_folders(BufReader::new(&mut archive)).map_err(io::Error::other)? > MAX_FOLDERS {
         return Err(io::Error::other("the guest sends too many folders"));
     }
     archive.rewind()?;
@@ -68,6 +68,7 @@ pub fn take_out(work: &Path, folder: &Path, name: &OsStr) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::Write;
     use std::os::unix::fs::MetadataExt;
 

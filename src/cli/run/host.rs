@@ -49,6 +49,7 @@ fn unknown(args: &RunArgs) -> Option<&'static str> {
         ("--storage", args.storage.is_some()),
         ("--kernel", args.kernel.is_some()),
         ("--serial", args.serial.is_some()),
+        ("--metrics", args.metrics.is_some()),
         ("--allow-software-kvm", args.allow_software_kvm),
     ];
     flags.into_iter().find_map(|(flag, given)| given.then_some(flag))
