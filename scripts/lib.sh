@@ -89,6 +89,16 @@ ensure_packages() {
     apt_logged as_root "${install[@]}" || die "cannot install ${missing[*]}: see the lines above"
 }
 
+# download_debs DIR PACKAGE[=VERSION]…: the packages' files in DIR, not installed.
+download_debs() {
+    local dir=$1
+    shift
+    (cd "$dir" && apt_logged apt-get -q download "$@" 2>/dev/null) && return 0
+    # There are no lists, or old ones, with packages that the mirror has replaced since.
+    apt_update
+    (cd "$dir" && apt_logged apt-get -q download "$@") || die "cannot download the Debian packages $*: see the lines above"
+}
+
 # fetch_deb NAME[=VERSION] DIR: unpacks the package's files under DIR without installing it. DIR belongs to
 # this one package; where it already exists nothing is done (remove it to fetch anew). In a subshell, for its trap:
 # an interrupted run leaves nothing.
@@ -99,12 +109,7 @@ fetch_deb() (
     tmp=$(mktemp -d "$dir.XXXXXX")
     trap 'rm -rf "$tmp"' EXIT
     trap 'exit 130' INT TERM HUP
-    [ -n "$(apt_candidate "${package%%=*}")" ] || apt_update
-    if ! (cd "$tmp" && apt_logged apt-get -q download "$package" 2>/dev/null); then
-        apt_update
-        (cd "$tmp" && apt_logged apt-get -q download "$package") ||
-            die "cannot download the Debian package $package: see the lines above"
-    fi
+    download_debs "$tmp" "$package"
     mkdir "$tmp/root"
     dpkg -x "$tmp"/*.deb "$tmp/root" || die "cannot unpack the Debian package $package"
     # A second run may have made DIR meanwhile; then its copy stays.

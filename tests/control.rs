@@ -2,8 +2,9 @@
 
 mod common;
 
-use std::collections::HashSet;
-use std::fs;
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsString;
+use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -361,6 +362,28 @@ fn ps_lists_the_living_and_with_all_the_dead() {
     assert!(output.status.success() && stdout(&output).contains("1 dead VMs"), "{output:?}");
     assert_eq!(stdout(&station.run(&["ps", "--all", "-q"])), "web\n");
     assert!(!db.socket.exists());
+    web.assert_serves();
+}
+
+/// A VM that is killed while it makes its socket, or removes it, leaves a folder that is no VM's to anybody.
+#[test]
+fn prune_removes_what_a_vm_left_that_had_no_socket() {
+    let station = Station::new();
+    let web = station.idle("web");
+    let folders = station.run_dir().join("microvm");
+    for name in ["early", "late", "served"] {
+        fs::create_dir(folders.join(name)).unwrap();
+        fs::set_permissions(folders.join(name), Permissions::from_mode(0o700)).unwrap();
+    }
+    // Bound and not at its place.
+    drop(UnixListener::bind(folders.join("late/.123.new")).unwrap());
+    // Somebody's beside a VM.
+    let _listening = UnixListener::bind(folders.join("served/own.sock")).unwrap();
+    let output = station.run(&["prune", "--force"]);
+    assert!(output.status.success() && stdout(&output).contains("2 dead VMs"), "{output:?}");
+    let left = fs::read_dir(&folders).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(BTreeSet::from_iter(left), ["served", "web"].map(OsString::from).into());
+    assert!(folders.join("served/own.sock").exists());
     web.assert_serves();
 }
 

@@ -1,6 +1,8 @@
 //! Real kernels: Debian's stock ones and the tuned one. They need hardware-grade KVM, so `scripts/test` runs them
 //! with `--ignored` in `scripts/kvm-host`.
 
+#[path = "real/apps.rs"]
+mod apps;
 #[path = "real/balloon.rs"]
 mod balloon;
 mod common;
@@ -8,6 +10,8 @@ mod common;
 mod console;
 #[path = "real/container.rs"]
 mod container;
+#[path = "real/crowd.rs"]
+mod crowd;
 #[path = "real/isolation.rs"]
 mod isolation;
 #[path = "real/layers.rs"]
@@ -22,6 +26,8 @@ mod net;
 mod registry;
 #[path = "real/share.rs"]
 mod share;
+#[path = "real/terminal.rs"]
+mod terminal;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};

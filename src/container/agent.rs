@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use crate::control::{Client, ClientError, Place, PlaceError, names, socket_path};
+use crate::control::{Place, PlaceError, folders, socket_path};
 use crate::guest::wire::{Kind, PORT, Request, read_frame, write_frame, write_json};
 use crate::guest::{ProcessSpec, TerminalSize};
 use crate::sys::signals::{Signal, Signals};
@@ -251,18 +251,13 @@ pub fn forget_vm(container: &Container) {
 /// # Errors
 /// The folder cannot be read.
 pub fn forget_dead_vms() -> Result<usize, PlaceError> {
-    let is_dead = |name: &String| {
-        let path = socket_path(name);
-        path.is_ok_and(|path| matches!(Client::connect(name, path), Err(ClientError::Dead { .. })))
-    };
-    let dead: Vec<_> = names()?.into_iter().filter(is_dead).collect();
-    dead.iter().for_each(|name| forget(name));
-    Ok(dead.len())
+    Ok(folders()?.iter().filter(|name| forget(name)).count())
 }
 
 /// That of a living VM stays.
-fn forget(name: &str) {
-    if let Err(e) = Place::forget(name, &[SOCKET]) {
+fn forget(name: &str) -> bool {
+    Place::forget(name).unwrap_or_else(|e| {
         log::warn!("what is left of the sockets of {name} stays: {e}");
-    }
+        false
+    })
 }

@@ -27,7 +27,7 @@ use crate::vmm::{Service, VmHandle};
 
 use api::{Api, VmInfo};
 pub use client::{Client, ClientError, wait_for_end};
-pub use place::{Place, PlaceError, base_path, default_name, names, socket_path};
+pub use place::{Place, PlaceError, base_path, default_name, folders, names, socket_path};
 use server::Server;
 
 /// JSON of the deepest allowed nesting needs some of it; the rest is never touched.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{
     AtFlags, CWD, FlockOperation, Mode, OFlags, Stat, flock, fstat, mkdir, open, openat, statat, unlinkat,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::SocketAddrUnix;
 use rustix::process::geteuid;
 use thiserror::Error;
@@ -134,9 +134,18 @@ impl Place {
 
     /// The folder of `name`, made and locked. `None`: a living VM has it.
     fn named(name: &str) -> Result<Option<Self>, PlaceError> {
-        let base_path = base_path();
-        let base = own_folder(&base_path)?;
-        let path = base_path.join(name);
+        let base = own_folder(&base_path())?;
+        // Who forgets a dead VM has its lock as a living one would.
+        lock(&base, FlockOperation::LockShared)?;
+        let place = Self::in_base(base, name)?;
+        if let Some(base) = place.as_ref().and_then(|place| place.base.as_ref()) {
+            lock(base, FlockOperation::Unlock)?;
+        }
+        Ok(place)
+    }
+
+    fn in_base(base: OwnedFd, name: &str) -> Result<Option<Self>, PlaceError> {
+        let path = base_path().join(name);
         let failed = |e: Errno| PlaceError::Folder { path: path.clone(), source: e.into() };
         loop {
             let folder = own_folder(&path)?;
@@ -155,20 +164,28 @@ impl Place {
         }
     }
 
-    /// Removes what the dead VM called `name` left in its folder, `files` of other owners too. That of a living one stays.
+    /// Removes what a dead VM called `name` left: its folder, and the sockets in it that nobody listens on. Whether it is
+    /// gone; that of a living one stays.
     ///
     /// # Errors
-    /// The folder is not this user's.
-    pub fn forget(name: &str, files: &[&str]) -> Result<(), PlaceError> {
-        if !base_path().join(name).exists() {
-            return Ok(());
+    /// The folder is not this user's, or cannot be read.
+    pub fn forget(name: &str) -> Result<bool, PlaceError> {
+        let path = base_path().join(name);
+        if !path.exists() {
+            return Ok(false);
         }
-        let Some(place) = Self::named(name)? else { return Ok(()) };
-        for file in files.iter().chain(&[SOCKET]) {
-            let _ = unlinkat(place.socket.folder(), *file, AtFlags::empty());
+        let base = own_folder(&base_path())?;
+        lock(&base, FlockOperation::LockExclusive)?;
+        let Some(place) = Self::in_base(base, name)? else { return Ok(false) };
+        let failed = |source| PlaceError::Folder { path: path.clone(), source };
+        for entry in fs::read_dir(&path).map_err(failed)?.flatten() {
+            let folder = place.socket.folder().try_clone().map_err(failed)?;
+            // What is none, or has somebody who listens, keeps the folder.
+            let _ = SocketFile::new(folder, &entry.file_name()).remove_dead();
         }
         // Dropping it removes the folder.
-        Ok(())
+        drop(place);
+        Ok(!path.exists())
     }
 
     fn at_path(name: Option<&str>, path: &Path) -> Result<Self, PlaceError> {
@@ -249,16 +266,27 @@ pub fn socket_path(name: &str) -> Result<PathBuf, PlaceError> {
 /// The folder is there and cannot be read.
 pub fn names() -> Result<Vec<String>, PlaceError> {
     let path = base_path();
+    let mut names = folders()?;
+    names.retain(|name| path.join(name).join(SOCKET).exists());
+    names.sort();
+    Ok(names)
+}
+
+/// The names of all folders of VMs: one that was killed as it began or ended has no socket there.
+///
+/// # Errors
+/// As for [`names`].
+pub fn folders() -> Result<Vec<String>, PlaceError> {
+    let path = base_path();
     let failed = |source| PlaceError::Folder { path: path.clone(), source };
     let folder = match fs::read_dir(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(failed)?,
     };
     check_own(&path, &open_folder(&path)?)?;
-    let names = folder.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut names: Vec<_> = names.filter(|name| path.join(name).join(SOCKET).exists()).collect();
-    names.sort();
-    Ok(names)
+    let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    let entries = folder.flatten().filter(is_folder);
+    Ok(entries.filter_map(|entry| entry.file_name().into_string().ok()).collect())
 }
 
 /// What a VM is called where its user does not say; a second one of a process gets a number behind it.
@@ -276,6 +304,12 @@ fn own_folder(path: &Path) -> Result<OwnedFd, PlaceError> {
     let folder = open_folder(path)?;
     check_own(path, &folder)?;
     Ok(folder)
+}
+
+/// Held by who claims a folder in it, alone by who removes one.
+fn lock(base: &OwnedFd, operation: FlockOperation) -> Result<(), PlaceError> {
+    let locked = retry_on_intr(|| flock(base, operation));
+    locked.map_err(|e| PlaceError::Folder { path: base_path(), source: e.into() })
 }
 
 fn open_folder(path: &Path) -> Result<OwnedFd, PlaceError> {

@@ -108,7 +108,11 @@ impl SocketFile {
         Ok(replaced)
     }
 
-    fn remove_dead(&self) -> io::Result<()> {
+    /// Removes a dead process's socket, if one is there.
+    ///
+    /// # Errors
+    /// As for [`SocketFile::check`].
+    pub fn remove_dead(&self) -> io::Result<()> {
         let Some(dead) = self.dead()? else { return Ok(()) };
         if identity(&self.there()?) != dead {
             return Err(Errno::EXIST.into());

@@ -117,13 +117,30 @@ impl Host {
         self.file("vmlinux", &elf(code, Protocol::Pvh))
     }
 
+    /// Where images, kernels and containers are.
+    pub fn data(&self) -> PathBuf {
+        self.run.path().join("data")
+    }
+
+    /// Where running VMs have their sockets.
+    pub fn runtime(&self) -> PathBuf {
+        self.run.path().join("microvm")
+    }
+
     /// `microvm ARGS`, with its own empty standard input.
     pub fn microvm<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_microvm"));
-        command.args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        let mut command = self.command(env!("CARGO_BIN_EXE_microvm"));
+        command.args(args);
+        command
+    }
+
+    /// A program in the same surroundings.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
         // SAFETY: system calls alone, which is all that is allowed between fork and exec.
         unsafe { command.pre_exec(heed_signals) };
-        command.env("XDG_RUNTIME_DIR", self.run.path()).env("MICROVM_DATA", self.run.path().join("data"));
+        command.env("XDG_RUNTIME_DIR", self.run.path()).env("MICROVM_DATA", self.data());
         command.envs(self.env.iter().cloned());
         command
     }

@@ -113,7 +113,7 @@ fn erofs(folder: &Path) -> PathBuf {
 }
 
 #[track_caller]
-fn run(command: &mut Command) {
+pub fn run(command: &mut Command) {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -229,12 +229,8 @@ fn container_layers_are_no_table_of_partitions() {
 
 /// A host with an image `box` and the kernel `name`.
 pub fn host_with_image(name: &str, file: &str, initrd: Option<PathBuf>) -> Host {
+    let host = host_with_kernel(name, file, initrd);
     let image = Image::new();
-    let mut host = Host::new();
-    // Beside the release's microvm-init, which is what is shipped.
-    let init =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("target/x86_64-unknown-linux-gnu/release/microvm-init");
-    host.env.push(("MICROVM_INIT".into(), init.into()));
     let archive = host.dir.path().join("box.tar");
     run(Command::new("tar")
         .arg("-C")
@@ -244,6 +240,16 @@ pub fn host_with_image(name: &str, file: &str, initrd: Option<PathBuf>) -> Host 
         .arg("."));
     let path = archive.to_str().unwrap();
     run(&mut host.microvm(["image", "import", path, "--name", "box"]));
+    host
+}
+
+/// A host with the kernel `name` and no image.
+pub fn host_with_kernel(name: &str, file: &str, initrd: Option<PathBuf>) -> Host {
+    let mut host = Host::new();
+    // Beside the release's microvm-init, which is what is shipped.
+    let init =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("target/x86_64-unknown-linux-gnu/release/microvm-init");
+    host.env.push(("MICROVM_INIT".into(), init.into()));
     let mut import = host.microvm(["kernel", "import", "--name", name]);
     import.arg(kernel(name).join(file));
     if let Some(initrd) = initrd {

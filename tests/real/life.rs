@@ -15,12 +15,12 @@ use super::container::host_with_image;
 use super::net::{NAMES, add_route_and_names, in_own_network};
 use super::{initrd, status};
 
-fn tuned() -> Host {
+pub fn tuned() -> Host {
     host_with_image("tuned", "vmlinux", None)
 }
 
 /// `microvm WORDS`, whose words stand between blanks.
-fn microvm(host: &Host, words: &str) -> Command {
+pub fn microvm(host: &Host, words: &str) -> Command {
     // Shown where the test fails.
     eprintln!("microvm {words}");
     host.microvm(words.split_whitespace())
@@ -32,14 +32,14 @@ fn outcome(host: &Host, words: &str) -> Output {
 
 /// The output of a command that succeeds.
 #[track_caller]
-fn ok(host: &Host, words: &str) -> String {
+pub fn ok(host: &Host, words: &str) -> String {
     let output = outcome(host, words);
     status(&output, 0);
     stdout(&output)
 }
 
 /// A shell's script as the program of `words`.
-fn sh(host: &Host, words: &str, script: &str) -> Command {
+pub fn sh(host: &Host, words: &str, script: &str) -> Command {
     let mut command = microvm(host, words);
     command.args(["sh", "-c", script]);
     command
@@ -55,7 +55,7 @@ fn with_input(command: &mut Command, bytes: Vec<u8>) -> Output {
     output
 }
 
-fn ps(host: &Host) -> Vec<Value> {
+pub fn ps(host: &Host) -> Vec<Value> {
     serde_json::from_str(&ok(host, "ps -a --format json")).unwrap()
 }
 
