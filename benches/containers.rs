@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use common::{Result, Row, cache, in_counting_host, root, run, table};
+use common::{Result, Row, cache, in_counting_host, in_memory, root, run, table};
 use microvm::image::Digest;
 use serde_json::json;
 
@@ -78,6 +78,9 @@ fn inside(work: &Path) -> Result<()> {
         run(&microvm, &["image", "import", &path(&format!("{layers}.tar"))])?;
     }
     run(&microvm, &["kernel", "import", &path("tuned"), "--name", "tuned"])?;
+    let files = ["/etc/ld.so.cache", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/resolv.conf"];
+    let programs = ["/usr/bin/crun", "/usr/bin/passt", "/usr/bin/passt.avx2"];
+    in_memory(&programs, &[&files[..], &["/usr/share/containers/seccomp.json"]].concat())?;
     // What makes passt find a network.
     for words in ["tuntap add mode tap route0", "addr add 10.77.0.2/24 dev route0", "link set route0 up"] {
         run("ip", &words.split(' ').collect::<Vec<_>>())?;

@@ -381,6 +381,8 @@ fn prune_removes_what_a_vm_left_that_had_no_socket() {
     let _listening = UnixListener::bind(folders.join("served/own.sock")).unwrap();
     let output = station.run(&["prune", "--force"]);
     assert!(output.status.success() && stdout(&output).contains("2 dead VMs"), "{output:?}");
+    let again = station.run(&["prune", "--force", "--format", "json"]);
+    assert_eq!(stdout(&again), "{\"containers\":[],\"dead_vms\":0,\"freed\":0}\n");
     let left = fs::read_dir(&folders).unwrap().map(|entry| entry.unwrap().file_name());
     assert_eq!(BTreeSet::from_iter(left), ["served", "web"].map(OsString::from).into());
     assert!(folders.join("served/own.sock").exists());

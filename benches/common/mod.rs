@@ -1,3 +1,4 @@
+#![allow(dead_code, reason = "each bench uses its part")]
 //! What benches share: the way into the counting host, and rows of a table measured there.
 
 use std::ffi::OsStr;
@@ -67,6 +68,30 @@ pub fn in_counting_host(
 /// In the counting host.
 fn inside_folder(name: &OsStr) -> PathBuf {
     Path::new("/tmp").join(name)
+}
+
+/// Puts copies in memory over programs with their libraries, and over other files, where they are there: each opening of
+/// one through the file system of the counting host's outside costs milliseconds, whatever is in its cache.
+pub fn in_memory(programs: &[&str], files: &[&str]) -> Result<()> {
+    let mut all: Vec<PathBuf> = files.iter().map(PathBuf::from).collect();
+    for program in programs {
+        all.push(program.into());
+        let libraries = Command::new("ldd").arg(program).output()?;
+        let text = String::from_utf8(libraries.stdout)?;
+        all.extend(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from));
+    }
+    let folder = Path::new("/tmp/in-memory");
+    fs::create_dir_all(folder)?;
+    all.retain(|path| path.is_file());
+    all.iter_mut().try_for_each(|path| path.canonicalize().map(|real| *path = real))?;
+    all.sort();
+    all.dedup();
+    for (number, path) in all.iter().enumerate() {
+        let copy = folder.join(number.to_string());
+        fs::copy(path, &copy)?;
+        run("mount", &["--bind", copy.to_str().ok_or("no name")?, path.to_str().ok_or("no name")?])?;
+    }
+    Ok(())
 }
 
 pub fn root() -> &'static Path {

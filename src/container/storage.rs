@@ -41,7 +41,8 @@ pub fn make(folder: &Path, size: Size) -> Result<DiskConfig, ContainerError> {
     })?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
-        let line = words.lines().find(|line| !line.trim().is_empty()).unwrap_or("it does not say why");
+        let line = words.lines().find(|line| !line.trim().is_empty());
+        let line = line.map_or_else(|| output.status.to_string(), String::from);
         return Err(failed(io::Error::other(format!("mkfs.ext4: {line}"))));
     }
     Ok(DiskConfig { id: Some(ID.into()), ..DiskConfig::new(path) })

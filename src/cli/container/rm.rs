@@ -3,11 +3,13 @@
 use std::io::{self, IsTerminal, Write};
 
 use clap::Args;
+use serde_json::json;
 
 use crate::config::Size;
 use crate::container::{Container, ContainerError, Containers, State, forget_dead_vms, forget_vm};
 
 use super::super::CliError;
+use super::super::table::Format;
 use super::for_each;
 use super::stop::close;
 
@@ -38,7 +40,8 @@ const PRUNE_HELP: &str = "Exit status:
   2  wrong usage
 
 Examples:
-  microvm prune --force";
+  microvm prune --force
+  microvm prune --force --format json | jq .freed";
 
 /// Flags of `microvm prune`.
 #[derive(Args)]
@@ -47,6 +50,9 @@ pub struct PruneArgs {
     /// Do not ask
     #[arg(short, long)]
     force: bool,
+    /// How it is told
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    format: Format,
 }
 
 pub fn run_rm(args: &RmArgs) -> Result<u8, CliError> {
@@ -79,13 +85,12 @@ pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
     if !args.force && !ended.is_empty() && io::stdin().is_terminal() && !confirmed(ended.len())? {
         return Ok(0);
     }
-    let (mut removed, mut freed, mut status) = (0, 0, 0);
-    let mut out = io::stdout().lock();
+    let (mut removed, mut freed, mut status) = (Vec::new(), 0, 0);
     for container in &ended {
         match remove(&all, container) {
             Ok(bytes) => {
-                (removed, freed) = (removed + 1, freed + bytes);
-                writeln!(out, "{}", container.record.name)?;
+                freed += bytes;
+                removed.push(container.record.name.as_str());
             }
             // Somebody else did.
             Err(ContainerError::NotFound(_)) => {}
@@ -97,7 +102,18 @@ pub fn run_prune(args: &PruneArgs) -> Result<u8, CliError> {
     }
     all.clean()?;
     let dead = forget_dead_vms()?;
-    writeln!(out, "{removed} containers and {dead} dead VMs removed, {} freed", Size(freed))?;
+    let mut out = io::stdout().lock();
+    match args.format {
+        Format::Json => {
+            let told = json!({ "containers": removed, "dead_vms": dead, "freed": freed });
+            writeln!(out, "{told}")?;
+        }
+        Format::Table => {
+            removed.iter().try_for_each(|name| writeln!(out, "{name}"))?;
+            let count = removed.len();
+            writeln!(out, "{count} containers and {dead} dead VMs removed, {} freed", Size(freed))?;
+        }
+    }
     Ok(status)
 }
 
