@@ -13,8 +13,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::config::{HostEnd, MemoryConfig, Publish, Size, is_name};
 use crate::container::{
-    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Record,
-    StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
+    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Program,
+    Record, StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
 use crate::guest::status::{KILLED, NOT_STARTED};
@@ -165,23 +165,13 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     if !is_name(&name) {
         return Err(ContainerError::Name(name).into());
     }
+    let containers = Containers::of_user()?;
+    let wanted = wanted(&args, name, containers.folder_of(&id))?;
     if args.isolation != Isolation::Vm {
-        return host::run(&args, &name, clock);
+        return host::run(&args, &id, &wanted, clock);
     }
-    let machine = Machine::of(&wanted(&args, &name)?)?;
-    let record = Record {
-        id: id.clone(),
-        name,
-        image: args.image.clone(),
-        image_id: machine.image_id.clone(),
-        created: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
-        process: machine.process.clone(),
-        stop_signal: machine.stop_signal,
-        rm: args.rm,
-        ports: args.publish.iter().map(ToString::to_string).collect(),
-        volumes: args.volume.iter().map(ToString::to_string).collect(),
-    };
-    let claim = Containers::of_user()?.add(&record)?;
+    let machine = Machine::of(&wanted)?;
+    let claim = containers.add(&record(&args, &id, &wanted, &machine.program))?;
     let ready = match args.detach.then(detach).transpose()? {
         Some(Detached::Parent(waiting)) => {
             // The other process has them: here they would keep an ended container from being seen as one.
@@ -192,6 +182,22 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
         None => None,
     };
     run_here(args, machine, claim, ready, clock)
+}
+
+fn record(args: &RunArgs, id: &str, wanted: &Wanted, program: &Program) -> Record {
+    Record {
+        id: id.into(),
+        name: wanted.name.clone(),
+        image: args.image.clone(),
+        image_id: program.image_id.clone(),
+        created: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        process: program.process.clone(),
+        stop_signal: program.stop_signal,
+        rm: args.rm,
+        ports: args.publish.iter().map(ToString::to_string).collect(),
+        volumes: args.volume.iter().map(ToString::to_string).collect(),
+        isolation: args.isolation,
+    }
 }
 
 /// Waits for the process that goes on in the background.
@@ -213,7 +219,8 @@ fn run_here(
     ready: Option<Ready>,
     clock: Clock,
 ) -> Result<u8, CliError> {
-    let Machine { mut config, lease, initramfs, .. } = machine;
+    let Machine { mut config, initramfs, program } = machine;
+    let lease = program.lease;
     config.cpus = args.cpus.unwrap_or(config.cpus);
     config.memory = args.memory.unwrap_or(config.memory);
     config.timeout = args.timeout;
@@ -221,6 +228,8 @@ fn run_here(
     let Claim { folder, lock, end, log, leavings } = claim;
     let unused = folder.clone();
     let storage = args.storage.map(|size| make_storage(&folder, size)).transpose();
+    let volumes = args.volume.iter().enumerate();
+    let volumes = volumes.map(|(number, volume)| volume.make(number, &folder)).collect::<Result<(), _>>();
     let attached = ready.is_none();
     let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
     let rm = args.rm;
@@ -249,7 +258,7 @@ fn run_here(
         metrics: None,
         prepare: Some(Box::new(prepare)),
     };
-    let ended = storage.map_err(CliError::from).and_then(|storage| {
+    let ended = volumes.and(storage).map_err(CliError::from).and_then(|storage| {
         config.disks.extend(storage);
         launch.run(&config, clock)
     });
@@ -275,8 +284,8 @@ fn status_of(end: &End) -> u8 {
     }
 }
 
-fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
-    let hostname = args.hostname.clone().unwrap_or_else(|| name.into());
+fn wanted(args: &RunArgs, name: String, folder: PathBuf) -> Result<Wanted, CliError> {
+    let hostname = args.hostname.clone().unwrap_or_else(|| name.clone());
     if !is_name(&hostname) {
         return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
     }
@@ -285,7 +294,8 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
     env.extend(args.env.iter().filter_map(|word| variable(word)));
     Ok(Wanted {
         image: args.image.clone(),
-        name: name.into(),
+        name,
+        folder,
         hostname,
         changes: Changes {
             command: args.command.clone(),

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use crate::guest::ProcessSpec;
 use crate::image::{Lease, PullOptions, Store, ensure};
 
-use super::{ContainerError, Wanted, plan};
+use super::{ContainerError, Wanted, parse_signal, plan};
+
+/// What programs are asked to end with.
+const TERM: u8 = libc::SIGTERM as u8;
 
 /// What a container is made of, wherever it runs.
 pub struct Program {
@@ -17,8 +20,8 @@ pub struct Program {
     pub layers: Vec<PathBuf>,
     /// What is run.
     pub process: ProcessSpec,
-    /// The image's `StopSignal`.
-    pub stop_signal: Option<String>,
+    /// The image's `StopSignal`, else SIGTERM.
+    pub stop_signal: u8,
 }
 
 impl Program {
@@ -33,6 +36,7 @@ impl Program {
         let run = store.config(&image)?.config.unwrap_or_default();
         let process = plan(&run, &wanted.changes, &wanted.hostname)?;
         let (image_id, layers) = (image.config.to_string(), store.layers(&image));
-        Ok(Self { lease, image_id, layers, process, stop_signal: run.stop_signal })
+        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
+        Ok(Self { lease, image_id, layers, process, stop_signal })
     }
 }

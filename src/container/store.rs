@@ -30,6 +30,7 @@ use crate::sys::data::data_folder;
 use crate::vmm::{Service, clean_up_at_end};
 
 use super::ContainerError;
+use super::host::Isolation;
 use super::log::{self, LogWriter};
 use super::storage;
 
@@ -64,6 +65,9 @@ pub struct Record {
     /// Shared folders, as they were given.
     #[serde(default)]
     pub volumes: Vec<String>,
+    /// What is between its program and the host.
+    #[serde(default)]
+    pub isolation: Isolation,
 }
 
 /// How a container ended.
@@ -123,6 +127,12 @@ impl Containers {
         Ok(Self { folder: data_folder().ok_or(ContainerError::NoPlace)?.join("containers") })
     }
 
+    /// The folder of the container with this id.
+    #[must_use]
+    pub fn folder_of(&self, id: &str) -> PathBuf {
+        self.folder.join(id)
+    }
+
     /// Adds a container, which runs from then on until what this returns is dropped or its process ends.
     ///
     /// # Errors
@@ -137,7 +147,7 @@ impl Containers {
             return Err(ContainerError::NameTaken(record.name.clone()));
         }
         let new = self.folder.join(format!(".{}", record.id));
-        let folder = self.folder.join(&record.id);
+        let folder = self.folder_of(&record.id);
         let made = Claim::make(&new, record).and_then(|files| {
             fs::rename(&new, &folder)?;
             let open = |path| open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
@@ -177,7 +187,7 @@ impl Containers {
     }
 
     fn read(&self, id: &str) -> Option<Container> {
-        let folder = self.folder.join(id);
+        let folder = self.folder_of(id);
         let text = fs::read(folder.join(RECORD)).ok()?;
         Some(Container { folder, record: serde_json::from_slice(&text).ok()? })
     }
@@ -437,6 +447,7 @@ mod tests {
             rm: false,
             ports: Vec::new(),
             volumes: Vec::new(),
+            isolation: Isolation::Vm,
         }
     }
 

@@ -2,11 +2,15 @@
 //! what the two say to each other while it runs ([`wire`]).
 
 pub mod archive;
+pub mod copy;
 pub mod status;
 pub mod users;
 pub mod wire;
 
+use std::fs::{self, File};
+use std::io;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -43,8 +47,8 @@ pub struct GuestSpec {
     pub process: ProcessSpec,
 }
 
-/// A folder that the host shares.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A folder or a file that the host shares.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MountSpec {
     /// The device's tag.
@@ -54,6 +58,12 @@ pub struct MountSpec {
     /// Nothing can be written to it. The host enforces it on its own.
     #[serde(default)]
     pub read_only: bool,
+    /// The share is this one file, which lies over `path`.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// It is new and empty: what the image has at `path` is copied into it first.
+    #[serde(default)]
+    pub fill: bool,
 }
 
 /// The first network card's configuration.
@@ -102,6 +112,27 @@ pub struct ProcessSpec {
 pub fn hosts(hostname: &str, address: Option<Ipv4Addr>) -> String {
     let own = address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
     format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{hostname}\n")
+}
+
+/// What `/etc/resolv.conf` says in a container with this network.
+#[must_use]
+pub fn resolv_conf(network: Option<&NetworkSpec>) -> String {
+    network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
+}
+
+/// Makes an empty folder or file to mount something over, and the folders that it is in, where there is none.
+///
+/// # Errors
+/// Nothing can be made there.
+pub fn make_mount_point(path: &Path, is_file: bool) -> io::Result<()> {
+    if !is_file {
+        return fs::create_dir_all(path);
+    }
+    if path.exists() {
+        return Ok(());
+    }
+    path.parent().map_or(Ok(()), fs::create_dir_all)?;
+    File::create(path).map(drop)
 }
 
 /// A terminal's size in characters.
@@ -199,6 +230,9 @@ mod tests {
         assert!(serde_json::from_str::<GuestSpec>(&text.replace("hostname", "host")).is_err());
         let mounts = r#""mounts": [{"tag": "src", "path": "/src"}], "hostname"#;
         let spec: GuestSpec = serde_json::from_str(&text.replace("\"hostname", mounts)).unwrap();
-        assert_eq!(spec.mounts, [MountSpec { tag: "src".into(), path: "/src".into(), read_only: false }]);
+        assert_eq!(
+            spec.mounts,
+            [MountSpec { tag: "src".into(), path: "/src".into(), ..MountSpec::default() }]
+        );
     }
 }

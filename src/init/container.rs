@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH, hosts};
+use microvm::guest::{GuestSpec, ProcessSpec, SPEC_PATH, hosts, resolv_conf};
 use rustix::fs::FileType;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -63,10 +63,6 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         say!("the network cannot be set up: {e}");
     }
     Ok(())
-}
-
-fn resolv_conf(network: Option<&NetworkSpec>) -> String {
-    network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
 }
 
 /// Standard input, output and error of a program.

@@ -15,6 +15,7 @@ pub mod lock;
 pub mod loop_device;
 pub mod mapping;
 pub mod names;
+pub mod orders;
 pub mod program;
 pub mod signals;
 pub mod socket_file;

@@ -3,22 +3,24 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 use rustix::process::{Gid, Uid, chdir, chroot};
 use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::guest::ProcessSpec;
 use crate::guest::status::{NOT_STARTED, of_error};
 use crate::guest::users::User;
+use crate::guest::{ProcessSpec, make_mount_point};
 use crate::sys::fork::unshare;
 
+use super::super::volume::Placed;
+use super::NotRun;
 use super::rootfs::RootFs;
 
 /// Minor numbers of the devices of major number 1 that every program expects, and of the terminal, which is of 5.
@@ -34,23 +36,24 @@ pub struct Chroot<'a> {
     pub read_only: bool,
     /// `/run` is a tmpfs: the image has nothing there.
     pub run: bool,
+    /// Folders and files of the host's in it, those that lie in others behind these.
+    pub volumes: &'a [Placed],
     /// The control group that it enters first.
     pub entrance: Option<File>,
 }
 
 impl Chroot<'_> {
-    /// Becomes the program. Returns only where that cannot be: an exit status, when the reason was printed.
-    pub fn become_it(&self) -> u8 {
+    /// Becomes the program. Returns only where that cannot be.
+    pub fn become_it(&self) -> NotRun {
         if let Err(e) = self.enter() {
-            eprintln!("microvm: --isolation process: the root file system cannot be entered: {e}");
-            return NOT_STARTED;
+            let message = format!("--isolation process: the root file system cannot be entered: {e}");
+            return NotRun { status: NOT_STARTED, message };
         }
         let (name, e) = match self.process.args.split_first() {
             Some((program, arguments)) => (program.as_str(), self.exec(program, arguments)),
             None => ("no program", io::ErrorKind::NotFound.into()),
         };
-        eprintln!("microvm: {name} cannot be run: {e}");
-        of_error(&e)
+        NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
     }
 
     fn enter(&self) -> io::Result<()> {
@@ -61,6 +64,8 @@ impl Chroot<'_> {
         rustix::system::sethostname(self.hostname.as_bytes())?;
         let sources = self.root.files.iter().map(|path| Ok((*path, File::open(self.root.source_of(path))?)));
         let sources = sources.collect::<io::Result<Vec<_>>>()?;
+        let volumes = self.volumes.iter().map(|volume| Ok((volume, open_volume(volume)?)));
+        let volumes = volumes.collect::<io::Result<Vec<_>>>()?;
         let root = self.root.path();
         if self.read_only {
             mount_bind(&root, &root)?;
@@ -72,6 +77,9 @@ impl Chroot<'_> {
         mount_surroundings(self.run)?;
         for (path, file) in &sources {
             mount_bind(format!("/proc/self/fd/{}", file.as_raw_fd()), *path)?;
+        }
+        for (volume, source) in &volumes {
+            mount_volume(volume, source).map_err(|e| failed(volume, &e))?;
         }
         fs::create_dir_all(&self.process.cwd)?;
         if self.read_only {
@@ -99,6 +107,24 @@ impl Chroot<'_> {
         unsafe { command.pre_exec(become_user) };
         command.exec()
     }
+}
+
+fn open_volume(volume: &Placed) -> io::Result<OwnedFd> {
+    let opened = open(&volume.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|e| failed(volume, &e.into()))
+}
+
+/// Called inside, so that a link in the image leads to a place inside.
+fn mount_volume(volume: &Placed, source: &OwnedFd) -> io::Result<()> {
+    make_mount_point(Path::new(&volume.target), volume.is_file)?;
+    mount_bind(format!("/proc/self/fd/{}", source.as_raw_fd()), &volume.target)?;
+    let read_only = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    let flags = MountFlags::BIND | MountFlags::NODEV | read_only;
+    Ok(mount_remount(&volume.target, flags, c"")?)
+}
+
+fn failed(volume: &Placed, e: &io::Error) -> io::Error {
+    io::Error::other(format!("the volume at {}: {e}", volume.target))
 }
 
 fn mount_surroundings(run: bool) -> io::Result<()> {

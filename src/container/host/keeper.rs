@@ -30,14 +30,14 @@ pub struct Keeper {
 impl Keeper {
     /// Starts it in a new process name space. `program` is called in a process of its own, to become the program; it
     /// returns a status where it cannot. `clean_up` is called there, where `microvm` has gone.
-    /// `foreign` is a descriptor that it must not have.
+    /// `foreign` are descriptors that neither must have.
     ///
     /// # Errors
     /// No process or name space is left.
     pub fn start(
         program: impl FnOnce() -> u8,
         clean_up: impl FnOnce(),
-        foreign: Option<RawFd>,
+        foreign: Vec<RawFd>,
     ) -> io::Result<Self> {
         let (orders, control) = pipe_with(PipeFlags::CLOEXEC)?;
         unshare(UnshareFlags::NEWPID)?;

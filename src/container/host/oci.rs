@@ -1,4 +1,4 @@
-//! The runtime's `config.json` (OCI runtime specification 1.0): a container as Docker makes it, without a network.
+//! The runtime's `config.json` (OCI runtime specification 1.0): a container as Docker makes it.
 
 use serde_json::{Value, json};
 
@@ -50,6 +50,8 @@ pub struct Bind {
     pub source: String,
     /// In the container.
     pub target: String,
+    /// How it is mounted besides (mount(8)).
+    pub options: &'static [&'static str],
 }
 
 /// What a container is to be.
@@ -64,8 +66,10 @@ pub struct Bundle<'a> {
     pub root: String,
     /// Nothing can be written to the root file system.
     pub read_only: bool,
-    /// Files of the host's in it.
+    /// Files and folders of the host's in it, in this order.
     pub binds: Vec<Bind>,
+    /// Where its network name space is; one without a network where there is none.
+    pub network: Option<String>,
     /// `/run` is a tmpfs: the image has nothing there.
     pub run: bool,
     /// Its control group, from the root of the hierarchy; none where the host has no cgroup 2.
@@ -137,8 +141,9 @@ impl Bundle<'_> {
             mounts.push(mount("tmpfs", "/run", "nosuid,nodev,mode=755"));
         }
         let bind = |bind: &Bind| {
+            let options = [&["bind", "rprivate"], bind.options].concat();
             json!({ "type": "bind", "source": bind.source, "destination": bind.target,
-                    "options": ["bind", "rprivate"] })
+                    "options": options })
         };
         mounts.extend(self.binds.iter().map(bind));
         mounts
@@ -159,7 +164,11 @@ impl Bundle<'_> {
             }
             linux["resources"] = resources;
         }
-        linux["namespaces"] = namespaces.iter().map(|kind| json!({ "type": kind })).collect();
+        let namespace = |kind: &&str| match (*kind, &self.network) {
+            ("network", Some(path)) => json!({ "type": kind, "path": path }),
+            _ => json!({ "type": kind }),
+        };
+        linux["namespaces"] = namespaces.iter().map(namespace).collect();
         linux
     }
 }
@@ -179,7 +188,8 @@ mod tests {
             hostname: "box",
             root: "/work/root".into(),
             read_only: false,
-            binds: vec![Bind { source: "/work/hosts".into(), target: "/etc/hosts".into() }],
+            binds: vec![Bind { source: "/work/hosts".into(), target: "/etc/hosts".into(), options: &[] }],
+            network: None,
             run: true,
             cgroup: Some("/microvm/x".into()),
             memory: None,
@@ -226,8 +236,22 @@ mod tests {
         let own = config(|bundle, _| bundle.run = false);
         assert!(has(&own, "/proc") && has(&own, "/etc/hosts") && !has(&own, "/run"));
         assert!(has(&config(|_, _| ()), "/run"));
+        let volume = || Bind { source: "/src".into(), target: "/data".into(), options: &["nodev", "ro"] };
+        let with_volume = config(|bundle, _| bundle.binds.push(volume()));
+        let last = with_volume["mounts"].as_array().unwrap().last().unwrap();
+        assert_eq!(last["options"], json!(["bind", "rprivate", "nodev", "ro"]));
         let read_only = config(|bundle, _| bundle.read_only = true);
         assert_eq!(read_only["root"], json!({ "path": "/work/root", "readonly": true }));
+    }
+
+    #[test]
+    fn a_network_is_a_name_space_that_is_there() {
+        let has = |config: &Value, expected: Value| {
+            config["linux"]["namespaces"].as_array().unwrap().contains(&expected)
+        };
+        assert!(has(&config(|_, _| ()), json!({ "type": "network" })));
+        let connected = config(|bundle, _| bundle.network = Some("/work/network".into()));
+        assert!(has(&connected, json!({ "type": "network", "path": "/work/network" })));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::guest::status::{NOT_ALLOWED, NOT_FOUND, NOT_STARTED};
 use crate::sys::fork::unshare;
 
-use super::HostError;
+use super::{HostError, NotRun};
 
 /// In this order.
 const NAMES: [&str; 2] = ["crun", "runc"];
@@ -32,14 +32,13 @@ impl Runtime {
     }
 
     /// Becomes the runtime, which runs the container `id` of the bundle in `work`. Returns only where it cannot.
-    pub fn become_it(&self, id: &str, work: &Path, with_cgroups: bool) -> u8 {
+    pub fn become_it(&self, id: &str, work: &Path, with_cgroups: bool) -> NotRun {
         // It has to find its own processes in /proc, by their numbers in this name space.
         let nothing = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let proc =
             unshare(UnshareFlags::NEWNS).and_then(|()| Ok(mount("proc", "/proc", "proc", nothing, None)?));
         if let Err(e) = proc {
-            eprintln!("microvm: /proc cannot be mounted: {e}");
-            return NOT_STARTED;
+            return NotRun { status: NOT_STARTED, message: format!("/proc cannot be mounted: {e}") };
         }
         let mut command = Command::new(&self.0);
         command.arg("--root").arg(work.join("runtime")).arg("--log").arg(log(work));
@@ -48,8 +47,7 @@ impl Runtime {
             command.arg("--cgroup-manager=disabled");
         }
         let e = command.args(["run", "--bundle"]).arg(work).arg(id).exec();
-        eprintln!("microvm: {} cannot be run: {e}", self.0.display());
-        NOT_STARTED
+        NotRun { status: NOT_STARTED, message: format!("{} cannot be run: {e}", self.0.display()) }
     }
 }
 

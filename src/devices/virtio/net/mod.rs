@@ -34,8 +34,8 @@ use super::{
 
 pub use backend::Backend;
 pub use passt::Passt;
-pub use user_mode::{PasstError, guest_name_servers, start_pasta, user_mode_lacks};
 pub use tap::{Tap, TapError};
+pub use user_mode::{PasstError, guest_name_servers, start_pasta, user_mode_lacks};
 pub use vhost::{Kernels, VhostError, VhostNet, VhostParts};
 
 use backend::is_gone;
