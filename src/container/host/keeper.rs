@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, wait, waitpid,
 };
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use crate::guest::status::{KILLED, NOT_STARTED};
 use crate::sys::fork::{fork, unshare};
@@ -40,6 +40,7 @@ impl Keeper {
         foreign: Vec<RawFd>,
     ) -> io::Result<Self> {
         let (orders, control) = pipe_with(PipeFlags::CLOEXEC)?;
+        let own = File::open("/proc/self/ns/pid")?;
         unshare(UnshareFlags::NEWPID)?;
         let number = control.as_raw_fd();
         let pid = fork(move || {
@@ -48,6 +49,8 @@ impl Keeper {
             foreign.into_iter().for_each(close);
             keep(program, orders.into(), clean_up).unwrap_or(NOT_STARTED)
         })?;
+        // Else this process could have no threads (CLONE_THREAD in clone(2)).
+        move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
         let ended = pidfd_open(pid, PidfdFlags::empty())?;
         Ok(Self { pid, ended, control: Some(control.into()) })
     }

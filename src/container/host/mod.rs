@@ -200,6 +200,10 @@ impl HostContainer {
     fn make(self, wanted: &Wanted, wishes: &HostWishes) -> Result<Host, ContainerError> {
         let Self { program, runtime, card, network } = self;
         let Program { lease, layers, process, .. } = program;
+        let volumes = wanted.volumes.iter().enumerate();
+        let volumes = volumes.map(|(number, volume)| volume.place(number, &wanted.folder));
+        let mut volumes = volumes.collect::<Result<Vec<_>, _>>()?;
+        volumes.sort_by(|a, b| a.target.cmp(&b.target));
         let cgroup = make_cgroup(wanted, wishes)?;
         let work = data_folder().ok_or(ContainerError::NoPlace)?.join("mnt");
         let names = match &runtime {
@@ -214,10 +218,6 @@ impl HostContainer {
         let storage = wanted.storage.then(|| wanted.folder.join(storage::FILE));
         let root = RootFs::mount(&work, &layers, &files, storage.as_deref())?;
         let user = root.user(&process.user)?;
-        let volumes = wanted.volumes.iter().enumerate();
-        let volumes = volumes.map(|(number, volume)| volume.place(number, &wanted.folder));
-        let mut volumes = volumes.collect::<Result<Vec<_>, _>>()?;
-        volumes.sort_by(|a, b| a.target.cmp(&b.target));
         volumes.iter().filter(|volume| volume.fill).try_for_each(|volume| root.fill(volume))?;
         let network = card.map(|card| HostNetwork::make(&root.work, card, wanted.publish.clone()));
         let network = network.transpose().map_err(HostError::Network)?;

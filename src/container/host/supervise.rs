@@ -58,11 +58,21 @@ impl Supervisor<'_> {
     /// # Errors
     /// It cannot be watched.
     pub fn supervise(mut self, lock: &File, output: Option<Output>, log: LogWriter) -> Result<u8, HostError> {
+        let status = self.wait_for_program(lock, output, log);
+        if status.is_err() {
+            // Nothing of it is left when that is told.
+            self.keeper.kill();
+            let _ = self.keeper.wait();
+        }
+        status.map_err(HostError::Watch)
+    }
+
+    fn wait_for_program(&mut self, lock: &File, output: Option<Output>, log: LogWriter) -> io::Result<u8> {
         // Behind the program's start, which must not begin with signals that it does not get.
-        let mut inbox = Inbox::new().map_err(HostError::Watch)?;
-        set_process(lock).map_err(HostError::Watch)?;
+        let mut inbox = Inbox::new()?;
+        set_process(lock)?;
         let attached = self.ready.is_none();
-        let relay = output.map(|output| output.relay(log, attached)).transpose().map_err(HostError::Watch)?;
+        let relay = output.map(|output| output.relay(log, attached)).transpose()?;
         if self.watch.is_none() {
             self.ready.take().into_iter().for_each(Ready::tell);
         }
@@ -75,9 +85,9 @@ impl Supervisor<'_> {
                 self.keeper.kill();
                 continue;
             }
-            let news = self.wait(&inbox, left).map_err(HostError::Watch)?;
+            let news = self.wait(&inbox, left)?;
             if news.start {
-                self.take_start().map_err(HostError::Watch)?;
+                self.take_start()?;
             }
             was_killed |= self.pass_signals(&mut inbox);
             if news.end {
@@ -85,7 +95,7 @@ impl Supervisor<'_> {
             }
         }
         self.timeline.mark(Phase::WorkloadEnd);
-        let status = self.keeper.wait().map_err(HostError::Watch)?;
+        let status = self.keeper.wait()?;
         relay.into_iter().for_each(|relay| relay.finish(was_killed));
         Ok(if timed_out { TIMED_OUT } else { status })
     }
