@@ -222,14 +222,13 @@ fn run_here(
     let Machine { mut config, initramfs, program } = machine;
     let lease = program.lease;
     config.cpus = args.cpus.unwrap_or(config.cpus);
-    config.memory = args.memory.unwrap_or(config.memory);
+    config.memory = args.memory.clone().unwrap_or(config.memory);
     config.timeout = args.timeout;
     config.allow_software_kvm = args.allow_software_kvm;
     let Claim { folder, lock, end, log, leavings } = claim;
     let unused = folder.clone();
     let storage = args.storage.map(|size| make_storage(&folder, size)).transpose();
-    let volumes = args.volume.iter().enumerate();
-    let volumes = volumes.map(|(number, volume)| volume.make(number, &folder)).collect::<Result<(), _>>();
+    let volumes = make_volumes(&args, &folder);
     let attached = ready.is_none();
     let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
     let rm = args.rm;
@@ -272,6 +271,18 @@ fn run_here(
             Err(e)
         }
     }
+}
+
+/// Makes the volumes that go with the container. With `--rm` another process removes them: this one may not look at what its
+/// guest has made, when that is due.
+fn make_volumes(args: &RunArgs, folder: &Path) -> Result<(), ContainerError> {
+    let mut volumes = args.volume.iter().enumerate();
+    volumes.try_for_each(|(number, volume)| volume.make(number, folder))?;
+    if args.rm && args.volume.iter().any(Volume::is_anonymous) {
+        let left = Containers::of_user()?.clean_behind(folder);
+        left.map_err(|source| ContainerError::Store { path: folder.into(), source })?;
+    }
+    Ok(())
 }
 
 /// The container's exit status.

@@ -155,6 +155,12 @@ impl Volume {
         (share, mount)
     }
 
+    /// Whether it goes with its container.
+    #[must_use]
+    pub fn is_anonymous(&self) -> bool {
+        self.source == Source::Anonymous
+    }
+
     /// Whether it says who owns its files in the container.
     #[must_use]
     pub fn has_owner(&self) -> bool {

@@ -17,6 +17,7 @@ pub mod mapping;
 pub mod names;
 pub mod orders;
 pub mod program;
+pub mod remove_tree;
 pub mod signals;
 pub mod socket_file;
 pub mod syscalls;

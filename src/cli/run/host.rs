@@ -80,6 +80,8 @@ fn run_here(
     };
     if args.rm {
         leavings.remove();
+        // What its volumes have.
+        Containers::of_user()?.clean()?;
     } else if let Err(e) = record_end(&end, status) {
         log::warn!("how the container ended cannot be written down: {e}");
     }
