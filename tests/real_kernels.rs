@@ -16,6 +16,8 @@ mod life;
 mod mixed;
 #[path = "real/net.rs"]
 mod net;
+#[path = "real/on_host.rs"]
+mod on_host;
 #[path = "real/share.rs"]
 mod share;
 

@@ -51,6 +51,7 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         Overlay::new(rootfs::HOSTS, &hosts(&spec.hostname, address))?,
         Overlay::new(rootfs::RESOLV_CONF, &resolv_conf(spec.network.as_ref()))?,
     ];
+    let shares = shares::prepare_all(&spec.mounts)?;
     rootfs::enter()?;
     for file in &files {
         if let Err(e) = file.put() {
@@ -58,7 +59,7 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         }
     }
     // Behind the files, none of which is written into a folder of the host's.
-    shares::mount_all(&spec.mounts)?;
+    shares::mount_all(&shares)?;
     if let Err(e) = network::set_up(spec.network.as_ref()) {
         say!("the network cannot be set up: {e}");
     }

@@ -103,6 +103,10 @@ fn refuse(args: &RunArgs) -> Result<(), CliError> {
             &format!("--isolation {isolation} runs on the host's own kernel, without a VM"),
         );
     }
+    if let Some(volume) = args.volume.iter().find(|volume| volume.has_owner()) {
+        let why = format!("uid= and gid= are for a VM: with --isolation {isolation} owners are the host's");
+        return refused(&format!("--volume {volume}"), &why);
+    }
     let card = match &args.network {
         Some(Network::Card(card)) => Some(card),
         _ => None,

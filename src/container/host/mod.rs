@@ -73,11 +73,6 @@ pub enum HostError {
     /// Control groups.
     #[error("a control group cannot be made")]
     Cgroup(#[source] io::Error),
-    /// A volume whose owner is another one.
-    #[error(
-        "--volume {0}: uid= and gid= are for --isolation vm: on the host's own kernel owners are as they are"
-    )]
-    Owner(String),
     /// A network.
     #[error("a network name space cannot be had")]
     Network(#[source] io::Error),
@@ -165,9 +160,6 @@ impl HostContainer {
     pub fn of(wanted: &Wanted, isolation: Isolation) -> Result<Self, ContainerError> {
         if !geteuid().is_root() {
             return Err(HostError::NotRoot.into());
-        }
-        if let Some(volume) = wanted.volumes.iter().find(|volume| volume.has_owner()) {
-            return Err(HostError::Owner(volume.to_string()).into());
         }
         let is_container = isolation == Isolation::Container;
         let runtime = is_container.then(Runtime::find).transpose()?;
