@@ -27,6 +27,7 @@ use crate::kernels::KernelError;
 pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
 pub use host::{
     Cgroup, HostContainer, HostError, HostProcess, HostWishes, Isolation, Life, ParseIsolationError,
+    seccomp_profile,
 };
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};

@@ -105,6 +105,18 @@ fn isolations_end_alike() {
     }
 }
 
+/// Docker's profile, where it is installed, which scripts/test sees to. A VM's program has a kernel of its own to itself.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_container_has_a_seccomp_profile() {
+    let host = host();
+    let script = "busybox grep Seccomp: /proc/self/status";
+    for (isolation, mode) in [("container", 2), ("process", 0)] {
+        let output = run(&host, isolation, &["two", "sh", "-c", script]);
+        assert_eq!(stdout(&output), format!("Seccomp:\t{mode}\n"), "{isolation}: {}", stderr(&output));
+    }
+}
+
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn limits_are_kept() {

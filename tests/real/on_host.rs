@@ -87,7 +87,7 @@ fn volumes_are_the_same_wherever_the_program_runs() {
             let output = run(&host, isolation, &format!("--rm {volumes}"), LOOK);
             status(&output, 6);
             let expected =
-                format!("of the host\nconfigured\napp.conf\nrefused\nrefused\nkept\ndeep\n{kept}755 0\na\n");
+                format!("of the host\nconfigured\napp.conf\nrefused\nrefused\nkept\ndeep\n{kept}750 0\na\n");
             assert_eq!(stdout(&output), expected, "{isolation}, time {time}");
         }
         assert_eq!(fs::read_to_string(shared.join("made")).unwrap(), "mine\n", "{isolation}");

@@ -14,6 +14,7 @@ mod output;
 mod process;
 mod rootfs;
 mod runtime;
+mod seccomp;
 mod supervise;
 
 use std::error::Error;
@@ -325,6 +326,7 @@ impl Host {
             cgroup: self.cgroup.as_ref().map(|group| format!("{}/container", group.name())),
             memory: wishes.memory,
             cpus: wishes.cpus,
+            seccomp: seccomp::installed(&oci::CAPABILITIES).map(|(_, profile)| profile),
         };
         let path = self.root.work.join("config.json");
         fs::write(&path, bundle.to_config().to_string()).map_err(at(&path))
@@ -346,6 +348,12 @@ impl Host {
             entrance: self.cgroup.as_ref().map(enter).transpose().map_err(HostError::Cgroup)?,
         })
     }
+}
+
+/// Where the seccomp profile is that a container is given; none is where nobody has installed one.
+#[must_use]
+pub fn seccomp_profile() -> Option<&'static str> {
+    seccomp::installed(&oci::CAPABILITIES).map(|(path, _)| path)
 }
 
 /// With its reason, on one line.

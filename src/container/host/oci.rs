@@ -6,7 +6,7 @@ use crate::guest::ProcessSpec;
 use crate::guest::users::User;
 
 /// What Docker leaves to root in a container.
-const CAPABILITIES: [&str; 14] = [
+pub const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -78,6 +78,8 @@ pub struct Bundle<'a> {
     pub memory: Option<u64>,
     /// Most processors.
     pub cpus: Option<u32>,
+    /// The system calls that it may make (`linux.seccomp`).
+    pub seccomp: Option<Value>,
 }
 
 impl Bundle<'_> {
@@ -168,6 +170,9 @@ impl Bundle<'_> {
             ("network", Some(path)) => json!({ "type": kind, "path": path }),
             _ => json!({ "type": kind }),
         };
+        if let Some(seccomp) = &self.seccomp {
+            linux["seccomp"] = seccomp.clone();
+        }
         linux["namespaces"] = namespaces.iter().map(namespace).collect();
         linux
     }
@@ -194,6 +199,7 @@ mod tests {
             cgroup: Some("/microvm/x".into()),
             memory: None,
             cpus: None,
+            seccomp: None,
         };
         let mut changed = process.clone();
         change(&mut bundle, &mut changed);
@@ -252,6 +258,14 @@ mod tests {
         assert!(has(&config(|_, _| ()), json!({ "type": "network" })));
         let connected = config(|bundle, _| bundle.network = Some("/work/network".into()));
         assert!(has(&connected, json!({ "type": "network", "path": "/work/network" })));
+    }
+
+    #[test]
+    fn a_profile_is_passed_on() {
+        assert!(config(|_, _| ())["linux"]["seccomp"].is_null());
+        let profile = json!({ "defaultAction": "SCMP_ACT_ERRNO" });
+        let config = config(|bundle, _| bundle.seccomp = Some(profile.clone()));
+        assert_eq!(config["linux"]["seccomp"], profile);
     }
 
     #[test]
