@@ -83,7 +83,8 @@ fn all() -> Result<Vec<Value>, CliError> {
 /// A container that runs on the host's own kernel.
 fn on_host(container: &Container) -> Option<Value> {
     let Ok(State::Running(pid)) = container.state() else { return None };
-    if container.record.isolation == Isolation::Vm {
+    // One without a number is about to run.
+    if container.record.isolation == Isolation::Vm || pid == 0 {
         return None;
     }
     let created = humantime::parse_rfc3339(&container.record.created).ok()?;

@@ -43,6 +43,7 @@ Examples:
   echo hello | microvm run -i --rm alpine tr a-z A-Z
   microvm run -d --name web -p 8080:80 nginx && microvm logs -f web
   microvm run --rm -v ./src:/src:ro -v cache:/cache -w /src rust cargo build
+  microvm run -d --name web -p 8080:80 -v ./nginx.conf:/etc/nginx/nginx.conf:ro nginx
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
   sudo microvm run --rm --isolation container alpine id      # the same image on the host's kernel
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
@@ -91,8 +92,9 @@ pub struct RunArgs {
     /// A port of the host's leads to one of the container's; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:PORT[/tcp|udp]")]
     publish: Vec<Publish>,
-    /// A folder of the host's in the container; with a name for HOST one that is kept for it; again for more
-    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]")]
+    /// A folder or a file of the host's in the container; with a name for HOST a folder that is kept for it, without one a
+    /// folder that goes with the container; again for more
+    #[arg(short, long, value_name = "[HOST:]CONTAINER[:ro]")]
     volume: Vec<Volume>,
     /// Its address on a tap, as 172.30.0.2/24
     #[arg(long, value_name = "ADDRESS/BITS", requires = "network")]
@@ -110,7 +112,7 @@ pub struct RunArgs {
     #[arg(short, long, value_name = "SIZE")]
     memory: Option<MemoryConfig>,
     /// What is between the program and the host: vm, container (by crun or runc, on the host's kernel) or process (another
-    /// root folder alone); the latter two are to compare with, and need root
+    /// root folder alone, on the host's network); the latter two are to compare with, and need root
     #[arg(long, value_name = "HOW", default_value_t)]
     isolation: Isolation,
     /// Where the container's control group is made, from the root of the hierarchy
@@ -125,7 +127,7 @@ pub struct RunArgs {
     /// Nothing can be written to the root file system
     #[arg(long)]
     read_only: bool,
-    /// End the VM after this long, as 500ms, 30s or 2m
+    /// End it after this long, as 500ms, 30s or 2m
     #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
     timeout: Option<Duration>,
     /// Where the time went, on standard error

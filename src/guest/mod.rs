@@ -7,10 +7,7 @@ pub mod status;
 pub mod users;
 pub mod wire;
 
-use std::fs::{self, File};
-use std::io;
 use std::net::Ipv4Addr;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -118,21 +115,6 @@ pub fn hosts(hostname: &str, address: Option<Ipv4Addr>) -> String {
 #[must_use]
 pub fn resolv_conf(network: Option<&NetworkSpec>) -> String {
     network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
-}
-
-/// Makes an empty folder or file to mount something over, and the folders that it is in, where there is none.
-///
-/// # Errors
-/// Nothing can be made there.
-pub fn make_mount_point(path: &Path, is_file: bool) -> io::Result<()> {
-    if !is_file {
-        return fs::create_dir_all(path);
-    }
-    if path.exists() {
-        return Ok(());
-    }
-    path.parent().map_or(Ok(()), fs::create_dir_all)?;
-    File::create(path).map(drop)
 }
 
 /// A terminal's size in characters.

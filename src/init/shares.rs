@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+use microvm::guest::MountSpec;
 use microvm::guest::copy::copy_contents;
-use microvm::guest::{MountSpec, make_mount_point};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, mount, mount_bind};
 
@@ -65,6 +65,18 @@ impl Share<'_> {
         let filled: io::Result<()> = image.as_ref().map_or(Ok(()), fill);
         filled.map_err(failed(&format!("what the image has at {}, for a new volume,", path.display())))
     }
+}
+
+/// Makes an empty folder or file to mount something over, and the folders that it is in, where there is none.
+fn make_mount_point(path: &Path, is_file: bool) -> io::Result<()> {
+    if !is_file {
+        return fs::create_dir_all(path);
+    }
+    if path.exists() {
+        return Ok(());
+    }
+    path.parent().map_or(Ok(()), fs::create_dir_all)?;
+    File::create(path).map(drop)
 }
 
 fn mount_share(spec: &MountSpec, target: &Path) -> Result<(), Failed> {

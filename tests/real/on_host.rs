@@ -121,22 +121,24 @@ fn a_volumes_place_is_looked_up_inside() {
     fs::create_dir(&outside).unwrap();
     fs::write(host.dir.path().join("file"), "volume\n").unwrap();
     fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // A link to this folder's place, which is a place in the container here.
-    let script = |path: &str| format!("busybox cat {path}/file");
+    // Links to this folder's place, which is a place in the container here, and by way of a process of the host's.
     let archive = super::common::images::Tar(Vec::new())
         .dir("srv")
         .link("srv/out", &format!("/../..{}", outside.display()))
+        .link("srv/proc", &format!("/proc/1/root{}", outside.display()))
         .end();
     let lower = host.file("link.tar", &archive);
     ok(&host, &format!("image import {} --name links", lower.display()));
     let before = host.files();
     for isolation in ON_HOST {
-        let words =
-            format!("run --rm --network none --isolation {isolation} -v ./file:/srv/out/file links /x");
-        let output = microvm(&host, &words, None).output().unwrap();
-        // Without a program in it the image only shows where things were made.
-        assert_ne!(output.status.code(), Some(0), "{}", script("/srv/out"));
-        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{isolation}");
+        for place in ["/srv/out/file", "/srv/proc/file", "/srv/proc/../../file"] {
+            let run =
+                format!("run --rm --network none --isolation {isolation} -v ./file:{place} -w {place}x");
+            let output = microvm(&host, &format!("{run} links /x"), None).output().unwrap();
+            // Without a program in it the image only shows where things were made.
+            assert_ne!(output.status.code(), Some(0), "{isolation} {place}");
+            assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{isolation} {place}");
+        }
     }
     assert_eq!(host.files(), before);
 }

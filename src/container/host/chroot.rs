@@ -6,17 +6,20 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open};
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, open, openat, openat2,
+};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 use rustix::process::{Gid, Uid, chdir, chroot};
 use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
+use crate::guest::ProcessSpec;
 use crate::guest::status::{NOT_STARTED, of_error};
 use crate::guest::users::User;
-use crate::guest::{ProcessSpec, make_mount_point};
 use crate::sys::fork::unshare;
 
 use super::super::volume::Placed;
@@ -81,7 +84,7 @@ impl Chroot<'_> {
         for (volume, source) in &volumes {
             mount_volume(volume, source).map_err(|e| failed(volume, &e))?;
         }
-        fs::create_dir_all(&self.process.cwd)?;
+        drop(make_place(&self.process.cwd, false)?);
         if self.read_only {
             mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
         }
@@ -114,13 +117,45 @@ fn open_volume(volume: &Placed) -> io::Result<OwnedFd> {
     opened.map_err(|e| failed(volume, &e.into()))
 }
 
-/// Called inside, so that a link in the image leads to a place inside.
 fn mount_volume(volume: &Placed, source: &OwnedFd) -> io::Result<()> {
-    make_mount_point(Path::new(&volume.target), volume.is_file)?;
-    mount_bind(format!("/proc/self/fd/{}", source.as_raw_fd()), &volume.target)?;
+    let place = make_place(&volume.target, volume.is_file)?;
+    let place_path = own_path(&place);
+    mount_bind(own_path(source), &place_path)?;
+    // What is mounted there now is another file than the one that is held.
+    let mounted = make_place(&volume.target, volume.is_file)?;
     let read_only = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    let flags = MountFlags::BIND | MountFlags::NODEV | read_only;
-    Ok(mount_remount(&volume.target, flags, c"")?)
+    Ok(mount_remount(own_path(&mounted), MountFlags::BIND | MountFlags::NODEV | read_only, c"")?)
+}
+
+fn own_path(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Opens a folder or a file of the container's, which is made where there is none. A link in the image leads to a place
+/// inside, also one that goes by way of /proc (RESOLVE_IN_ROOT in openat2(2)).
+fn make_place(path: &str, is_file: bool) -> io::Result<OwnedFd> {
+    let root = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let find = |way: &Path| {
+        openat2(&root, way, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
+    };
+    let (mut here, mut way) = (find(Path::new("."))?, PathBuf::from("."));
+    let mut names = Path::new(path).components().filter(|c| *c != Component::RootDir).peekable();
+    while let Some(name) = names.next() {
+        way.push(name);
+        here = match find(&way) {
+            Err(Errno::NOENT) if is_file && names.peek().is_none() => {
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+                drop(openat(&here, name.as_os_str(), flags, Mode::from_raw_mode(0o644))?);
+                find(&way)?
+            }
+            Err(Errno::NOENT) => {
+                mkdirat(&here, name.as_os_str(), Mode::from_raw_mode(0o755))?;
+                find(&way)?
+            }
+            found => found?,
+        };
+    }
+    Ok(here)
 }
 
 fn failed(volume: &Placed, e: &io::Error) -> io::Error {

@@ -71,13 +71,8 @@ fn check_port(publish: &Publish) -> Result<(), PasstError> {
 /// # Errors
 /// It is not there, or a port is taken.
 pub fn start_passt(socket: &UnixStream, publish: &[Publish], net: &NetConfig) -> Result<(), PasstError> {
-    // It reads what the guest sends, so it gets nothing of what our caller has left open or told us: where programs are,
-    // and one descriptor.
-    if let Err(e) = confinement::close_all_on_exec() {
-        log::debug!("passt inherits what this program was started with: {e}");
-    }
-    rustix::io::fcntl_setfd(socket, FdFlags::empty()).map_err(|e| PasstError::Start(e.into()))?;
     let mut command = command("passt", publish, net)?;
+    rustix::io::fcntl_setfd(socket, FdFlags::empty()).map_err(|e| PasstError::Start(e.into()))?;
     command.args(["--one-off", "--fd"]).arg(socket.as_raw_fd().to_string());
     run(command)
 }
@@ -108,6 +103,11 @@ pub fn start_pasta(namespace: &Path, publish: &[Publish], net: &NetConfig) -> Re
 /// What both programs are told.
 fn command(program: &str, publish: &[Publish], net: &NetConfig) -> Result<Command, PasstError> {
     publish.iter().try_for_each(check_port)?;
+    // It reads what the guest sends, so it gets nothing of what our caller has left open or told us: where programs are,
+    // and the descriptors that it is given.
+    if let Err(e) = confinement::close_all_on_exec() {
+        log::debug!("{program} inherits what this program was started with: {e}");
+    }
     let mut command = Command::new(program);
     command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     command.arg("--quiet").args(publish.iter().flat_map(forward));
