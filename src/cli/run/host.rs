@@ -127,7 +127,10 @@ fn refuse(args: &RunArgs) -> Result<(), CliError> {
         Some(NetConfig { vhost, iops, bandwidth, .. })
             if *vhost != Vhost::Off || iops.is_some() || bandwidth.is_some() =>
         {
-            refused("--network", "vhost, iops and bandwidth are of a VM's card: leave them out")
+            refused(
+                "--network",
+                "vhost, iops and bandwidth are of a VM's card, which --isolation container has not: leave them out",
+            )
         }
         _ => Ok(()),
     }

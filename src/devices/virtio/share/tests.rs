@@ -1031,4 +1031,17 @@ proptest! {
         prop_assert_eq!(fs::read_dir(above.path()).unwrap().count(), 2);
         prop_assert_eq!(fs::read(above.path().join("x")).unwrap(), b"above");
     }
+
+    #[test]
+    fn any_request_about_a_shared_file_is_answered(
+        opcode in 0u32..60, node in 0u64..6, args in proptest::collection::vec(any::<u8>(), 0..120)
+    ) {
+        let mut rig = rig_of(file_among_others(), "file", "", MANY);
+        rig.lookup(ROOT, "file");
+        if ![op::FORGET, op::BATCH_FORGET, op::INTERRUPT].contains(&opcode) {
+            rig.ask(opcode, node, &args);
+        }
+        prop_assert_eq!(fs::read_dir(rig.dir.path()).unwrap().count(), 2);
+        prop_assert_eq!(fs::read(rig.path("secret")).unwrap(), b"secret");
+    }
 }
