@@ -27,7 +27,7 @@ use crate::kernels::KernelError;
 pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
 pub use host::{
     Cgroup, HostContainer, HostError, HostProcess, HostWishes, Isolation, Life, ParseIsolationError,
-    seccomp_profile,
+    exec_on_host, seccomp_profile,
 };
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
@@ -115,7 +115,7 @@ pub enum ContainerError {
     NotRunning(String),
     /// It has no VM.
     #[error(
-        "container {name} runs on the host's own kernel (--isolation {isolation}): exec, cp and stats are for those in a VM"
+        "container {name} runs on the host's own kernel (--isolation {isolation}): cp and stats are for those in a VM"
     )]
     OnHost {
         /// Which.

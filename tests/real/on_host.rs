@@ -251,10 +251,20 @@ fn a_container_without_a_vm_is_listed_stopped_and_removed() {
         assert_eq!(lines.next().as_deref(), Some("got USR1"), "{isolation}");
         let twice = microvm(&host, &start, Some("true")).output().unwrap();
         assert!(stderr(&twice).contains("of this name is there"), "{}", stderr(&twice));
-        for refused in ["exec web true", "stats --no-stream web", "cp web:/etc/passwd .", "rm web"] {
+        for refused in ["exec -u nobody web true", "stats --no-stream web", "cp web:/etc/passwd .", "rm web"]
+        {
             let output = microvm(&host, refused, None).output().unwrap();
             assert_ne!(output.status.code(), Some(0), "{refused}");
             assert_eq!(stderr(&output).lines().count(), 1, "{refused}: {}", stderr(&output));
+        }
+        let words = ["exec", "-e", "OWN=x", "-u", "web", "-w", "/tmp", "web", "sh", "-c"];
+        let look = "echo $OWN $FROM_IMAGE; busybox id -u; busybox pwd; busybox hostname; busybox cat; exit 5";
+        let output = host.microvm(words.iter().chain([&look])).output().unwrap();
+        status(&output, 5);
+        assert_eq!(stdout(&output), "x 1\n33\n/tmp\nweb\n", "{isolation}: {}", stderr(&output));
+        for (program, expected) in [("nothing", 127), ("/etc/passwd", 126)] {
+            let output = microvm(&host, &format!("exec web {program}"), None).output().unwrap();
+            assert_eq!(output.status.code(), Some(expected), "{isolation}: {}", stderr(&output));
         }
         assert_eq!(ok(&host, "stop --time 60s web"), "web\n");
         assert_eq!(lines.next().as_deref(), Some("got TERM"), "{isolation}");

@@ -52,10 +52,8 @@ impl Chroot<'_> {
             let message = format!("--isolation process: the root file system cannot be entered: {e}");
             return NotRun { status: NOT_STARTED, message };
         }
-        let (name, e) = match self.process.args.split_first() {
-            Some((program, arguments)) => (program.as_str(), self.exec(program, arguments)),
-            None => ("no program", io::ErrorKind::NotFound.into()),
-        };
+        let e = exec(self.process, self.user);
+        let name = self.process.args.first().map_or("no program", String::as_str);
         NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
     }
 
@@ -90,26 +88,30 @@ impl Chroot<'_> {
         }
         Ok(())
     }
+}
 
-    fn exec(&self, program: &str, arguments: &[String]) -> io::Error {
-        let mut command = Command::new(program);
-        command.args(arguments).env_clear().env("HOME", &self.user.home);
-        command.envs(self.process.env.iter().filter_map(|word| word.split_once('=')));
-        command.current_dir(&self.process.cwd);
-        let groups: Vec<_> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
-        let (gid, uid) = (Gid::from_raw(self.user.gid), Uid::from_raw(self.user.uid));
-        let become_user = move || {
-            // As a container: nothing but the three streams is handed down.
-            close_at_exec()?;
-            set_thread_groups(&groups)?;
-            set_thread_res_gid(gid, gid, gid)?;
-            set_thread_res_uid(uid, uid, uid)?;
-            Ok(())
-        };
-        // SAFETY: only system calls are made.
-        unsafe { command.pre_exec(become_user) };
-        command.exec()
-    }
+/// Becomes the program of `process`, as this user. Returns only where that cannot be.
+pub fn exec(process: &ProcessSpec, user: &User) -> io::Error {
+    let Some((program, arguments)) = process.args.split_first() else {
+        return io::ErrorKind::NotFound.into();
+    };
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().env("HOME", &user.home);
+    command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
+    command.current_dir(&process.cwd);
+    let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    let (gid, uid) = (Gid::from_raw(user.gid), Uid::from_raw(user.uid));
+    let become_user = move || {
+        // As a container: nothing but the three streams is handed down.
+        close_at_exec()?;
+        set_thread_groups(&groups)?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)?;
+        Ok(())
+    };
+    // SAFETY: only system calls are made.
+    unsafe { command.pre_exec(become_user) };
+    command.exec()
 }
 
 fn open_volume(volume: &Placed) -> io::Result<OwnedFd> {

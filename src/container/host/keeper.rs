@@ -75,7 +75,8 @@ impl Keeper {
     }
 }
 
-fn code(status: WaitStatus) -> u8 {
+/// A process's exit status: 128 and the signal's number where one ended it.
+pub fn code(status: WaitStatus) -> u8 {
     let signal = status.terminating_signal().map(|signal| 128 + signal);
     status.exit_status().or(signal).map_or(NOT_STARTED, |code| code as u8)
 }

@@ -6,6 +6,7 @@
 
 mod cgroup;
 mod chroot;
+mod exec;
 mod isolation;
 mod keeper;
 mod network;
@@ -54,6 +55,7 @@ use runtime::Runtime;
 use supervise::Supervisor;
 
 pub use cgroup::Cgroup;
+pub use exec::exec_on_host;
 pub use isolation::{Isolation, ParseIsolationError};
 pub use process::HostProcess;
 
@@ -291,10 +293,7 @@ impl Host {
     }
 
     fn put_streams(&self, output: Option<&Output>) -> io::Result<()> {
-        // A program without input finds the end of it.
-        if !self.process.input && !self.process.terminal {
-            rustix::stdio::dup2_stdin(rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty())?)?;
-        }
+        put_input(&self.process)?;
         let Some(output) = output else { return Ok(()) };
         output.put()?;
         // Programs open /dev/stdout again by its name, which is for the owner of the pipe alone.
@@ -348,6 +347,14 @@ impl Host {
             entrance: self.cgroup.as_ref().map(enter).transpose().map_err(HostError::Cgroup)?,
         })
     }
+}
+
+/// A program without input finds the end of it.
+fn put_input(process: &ProcessSpec) -> io::Result<()> {
+    if !process.input && !process.terminal {
+        rustix::stdio::dup2_stdin(rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty())?)?;
+    }
+    Ok(())
 }
 
 /// Where the seccomp profile is that a container is given; none is where nobody has installed one.

@@ -90,37 +90,10 @@ impl Bundle<'_> {
             "ociVersion": "1.0.2",
             "root": { "path": self.root, "readonly": self.read_only },
             "hostname": self.hostname,
-            "process": self.process(),
+            "process": process(self.process, self.user),
             "mounts": self.mounts(),
             "linux": self.linux(),
         })
-    }
-
-    fn process(&self) -> Value {
-        let mut env = vec![format!("HOME={}", self.user.home)];
-        // The image may say another one.
-        self.process.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
-        let mut process = json!({
-            "terminal": self.process.terminal,
-            "args": self.process.args,
-            "env": env,
-            "cwd": self.process.cwd,
-            "user": {
-                "uid": self.user.uid,
-                "gid": self.user.gid,
-                "additionalGids": self.user.groups,
-            },
-            "capabilities": {
-                "bounding": CAPABILITIES,
-                "effective": CAPABILITIES,
-                "permitted": CAPABILITIES,
-            },
-            "noNewPrivileges": false,
-        });
-        if let Some(size) = self.process.size {
-            process["consoleSize"] = json!({ "height": size.rows, "width": size.columns });
-        }
-        process
     }
 
     fn mounts(&self) -> Vec<Value> {
@@ -176,6 +149,35 @@ impl Bundle<'_> {
         linux["namespaces"] = namespaces.iter().map(namespace).collect();
         linux
     }
+}
+
+/// A program as the runtime takes it, in `config.json` or alone.
+#[must_use]
+pub fn process(spec: &ProcessSpec, user: &User) -> Value {
+    let mut env = vec![format!("HOME={}", user.home)];
+    // The image may say another one.
+    spec.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
+    let mut process = json!({
+        "terminal": spec.terminal,
+        "args": spec.args,
+        "env": env,
+        "cwd": spec.cwd,
+        "user": {
+            "uid": user.uid,
+            "gid": user.gid,
+            "additionalGids": user.groups,
+        },
+        "capabilities": {
+            "bounding": CAPABILITIES,
+            "effective": CAPABILITIES,
+            "permitted": CAPABILITIES,
+        },
+        "noNewPrivileges": false,
+    });
+    if let Some(size) = spec.size {
+        process["consoleSize"] = json!({ "height": size.rows, "width": size.columns });
+    }
+    process
 }
 
 #[cfg(test)]

@@ -43,6 +43,11 @@ impl HostProcess {
         }
     }
 
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Sends the container's program a signal. KILL ends all of it.
     ///
     /// # Errors
