@@ -257,11 +257,11 @@ fn a_container_without_a_vm_is_listed_stopped_and_removed() {
             assert_ne!(output.status.code(), Some(0), "{refused}");
             assert_eq!(stderr(&output).lines().count(), 1, "{refused}: {}", stderr(&output));
         }
-        let words = ["exec", "-e", "OWN=x", "-u", "web", "-w", "/tmp", "web", "sh", "-c"];
+        let words = ["exec", "-e", "OWN=x", "-u", "web", "-w", "/opt", "web", "sh", "-c"];
         let look = "echo $OWN $FROM_IMAGE; busybox id -u; busybox pwd; busybox hostname; busybox cat; exit 5";
         let output = host.microvm(words.iter().chain([&look])).output().unwrap();
         status(&output, 5);
-        assert_eq!(stdout(&output), "x 1\n33\n/tmp\nweb\n", "{isolation}: {}", stderr(&output));
+        assert_eq!(stdout(&output), "x 1\n33\n/opt\nweb\n", "{isolation}: {}", stderr(&output));
         for (program, expected) in [("nothing", 127), ("/etc/passwd", 126)] {
             let output = microvm(&host, &format!("exec web {program}"), None).output().unwrap();
             assert_eq!(output.status.code(), Some(expected), "{isolation}: {}", stderr(&output));
