@@ -99,7 +99,7 @@ impl Image {
     }
 }
 
-fn busybox() -> PathBuf {
+pub fn busybox() -> PathBuf {
     let cache = kernel("any").parent().unwrap().parent().unwrap().join("busybox-static");
     let output =
         Command::new("find").arg(cache).args(["-path", "*/bin/busybox", "-type", "f"]).output().unwrap();

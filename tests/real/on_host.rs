@@ -294,6 +294,14 @@ fn a_container_without_a_vm_is_listed_stopped_and_removed() {
         assert_eq!(ps(&host)[0]["state"], "dead");
         assert!(ok(&host, "prune --force").starts_with("web\n"));
 
+        // A program of a volume's, whose start is not seen.
+        fs::copy(super::container::busybox(), host.dir.path().join("own")).unwrap();
+        let words = format!(
+            "run -d --name own --network none --isolation {isolation} -v ./own:/own/busybox two /own/busybox sleep 1000"
+        );
+        status(&microvm(&host, &words, None).output().unwrap(), 0);
+        ok(&host, "rm --force own");
+
         // In the background a failure is told, too.
         let words = format!("run -d --rm --network none --isolation {isolation} two nothing");
         let output = microvm(&host, &words, None).output().unwrap();

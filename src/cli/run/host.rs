@@ -81,7 +81,9 @@ fn run_here(
     if args.rm {
         leavings.remove();
         // What its volumes have.
-        Containers::of_user()?.clean()?;
+        if let Err(e) = Containers::of_user().and_then(|all| all.clean()) {
+            log::warn!("something of the container is left: {}", super::super::chain(&e));
+        }
     } else if let Err(e) = record_end(&end, status) {
         log::warn!("how the container ended cannot be written down: {e}");
     }

@@ -266,12 +266,35 @@ impl Host {
             }
         };
         let keeper = keeper.map_err(HostError::Namespace)?;
-        let supervisor = Supervisor { keeper, watch, ready, timeout: wishes.timeout, timeline };
+        let is_seen = self.is_of_image();
+        let supervisor = Supervisor { keeper, watch, is_seen, ready, timeout: wishes.timeout, timeline };
         let status = supervisor.supervise(&lock, output, log)?;
         match self.runtime.as_ref().and_then(|_| runtime::failure(&self.root.work)) {
             Some((message, status)) => Err(HostError::Runtime { message, status }),
             None => Ok(status),
         }
+    }
+
+    /// Whether the program is one of the image's, and not of a volume's, whose file system is not watched.
+    fn is_of_image(&self) -> bool {
+        let Some(program) = self.process.args.first() else { return false };
+        let path = self.process.env.iter().find_map(|word| word.strip_prefix("PATH=")).unwrap_or_default();
+        let candidates: Vec<_> = if program.contains('/') {
+            vec![Path::new(&self.process.cwd).join(program)]
+        } else {
+            path.split(':').map(|folder| Path::new(folder).join(program)).collect()
+        };
+        let is_covered = |path: &Path| self.volumes.iter().any(|volume| path.starts_with(&volume.target));
+        for candidate in candidates {
+            if is_covered(&candidate) {
+                return false;
+            }
+            if let Some(real) = self.root.real_path(&candidate) {
+                return !is_covered(&real);
+            }
+        }
+        // There is none, as far as can be seen from here: its end says so.
+        self.volumes.is_empty()
     }
 
     /// In the program's process: what it needs besides files, and then `program`, which returns only where it is not run.

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -115,6 +115,13 @@ impl RootFs {
         let Ok(from) = self.open(&volume.target, OFlags::RDONLY | OFlags::DIRECTORY) else { return Ok(()) };
         let copy = || copy_contents(from.as_fd(), File::open(&volume.source)?.as_fd());
         copy().map_err(at(&volume.source))
+    }
+
+    /// The path in the container, without links, of what it has at `path`.
+    pub fn real_path(&self, path: &Path) -> Option<PathBuf> {
+        let opened = self.open(path.to_str()?, OFlags::PATH).ok()?;
+        let real = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).ok()?;
+        Some(Path::new("/").join(real.strip_prefix(self.path()).ok()?))
     }
 
     /// Whether the container has anything in this folder.

@@ -30,6 +30,8 @@ pub struct Supervisor<'a> {
     pub keeper: Keeper,
     /// Sees its start.
     pub watch: Option<ExecWatch>,
+    /// It does, wherever the program is.
+    pub is_seen: bool,
     /// Who is told of it.
     pub ready: Option<Ready>,
     /// It is killed after this long.
@@ -73,7 +75,7 @@ impl Supervisor<'_> {
         set_process(lock)?;
         let attached = self.ready.is_none();
         let relay = output.map(|output| output.relay(log, attached)).transpose()?;
-        if self.watch.is_none() {
+        if self.watch.is_none() || !self.is_seen {
             self.ready.take().into_iter().for_each(Ready::tell);
         }
         let mut deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
