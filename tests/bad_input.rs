@@ -552,10 +552,9 @@ fn shares_that_are_none() {
     let before = host.files();
     for (path, words) in [
         ("missing", "No such file"),
-        ("plain", "is not a folder"),
         ("plain/x", "Not a directory"),
-        ("fifo", "is not a folder"),
-        ("/dev/null", "is not a folder"),
+        ("fifo", "is neither a folder nor a file"),
+        ("/dev/null", "is neither a folder nor a file"),
     ] {
         let output = host.boot(&kernel, &["--share", &format!("{path},tag=t")]).output().unwrap();
         assert_fails(&output, 1, &["--share", path, words]);

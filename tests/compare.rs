@@ -61,25 +61,21 @@ fn a_failed_sample_ends_the_comparison() {
 #[test]
 fn flags_that_an_isolation_lacks_are_refused() {
     let host = host_with_image();
-    for flag in [
-        "-d",
-        "-p 80:80",
-        "-v /tmp:/x",
-        "--kernel k",
-        "--network user",
-        "--serial null",
-        "--storage 1G",
-        "--metrics m",
+    const BOTH: &[&str] = &["container", "process"];
+    for (flag, isolations, words) in [
+        ("--kernel k", BOTH, "--kernel: --isolation"),
+        ("--serial null", BOTH, "--serial: --isolation"),
+        ("--metrics m", BOTH, "--metrics: --isolation"),
+        ("--allow-software-kvm", BOTH, "--allow-software-kvm: --isolation"),
+        ("-v /tmp:/x:uid=3", BOTH, "uid= and gid= are for a VM"),
+        ("-p 80:80", &["process"], "--publish: --isolation process has the host's own network"),
+        ("--network user", &["process"], "--network: --isolation process has the host's own network"),
+        ("--network tap=t0", BOTH, "--network"),
+        ("--network user,iops=5", &["container"], "of a VM's card"),
     ] {
-        for isolation in ["container", "process"] {
+        for isolation in isolations {
             let output = microvm(&host, &format!("run --isolation {isolation} {flag} box /bin/x"));
-            let long = match flag.split(' ').next().unwrap() {
-                "-d" => "--detach",
-                "-p" => "--publish",
-                "-v" => "--volume",
-                long => long,
-            };
-            assert_fails(&output, 125, &[long, isolation]);
+            assert_fails(&output, 125, &[words, isolation]);
         }
     }
     assert_fails(

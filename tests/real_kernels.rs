@@ -22,6 +22,8 @@ mod life;
 mod mixed;
 #[path = "real/net.rs"]
 mod net;
+#[path = "real/on_host.rs"]
+mod on_host;
 #[path = "real/registry.rs"]
 mod registry;
 #[path = "real/share.rs"]

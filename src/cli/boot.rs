@@ -117,7 +117,7 @@ pub struct BootArgs {
     /// Lead a port of the host's to one of the guest's, with --net user; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/tcp|udp]")]
     publish: Vec<Publish>,
-    /// A folder that the guest mounts by its tag (mount -t virtiofs TAG /mnt); again for more. Options: readonly, which
+    /// A folder, or a file, that the guest mounts by its tag (mount -t virtiofs TAG /mnt); again for more. Options: readonly, which
     /// is enforced here whatever the guest does, and uid=N and gid=N: who owns in the guest what you own here [default: root]
     /// (see docs/shares.md)
     #[arg(long, value_name = "PATH,tag=TAG[,OPTION…]",

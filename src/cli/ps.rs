@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::config::Size;
-use crate::container::{Container, Containers, State};
+use crate::container::{Container, Containers, Isolation, State};
 use crate::control::{self, Client, ClientError};
 
 use super::CliError;
@@ -74,8 +74,25 @@ fn all() -> Result<Vec<Value>, CliError> {
             None => vms.push(vm),
         }
     }
-    vms.extend(containers.into_values().filter_map(ended));
+    vms.extend(
+        containers.into_values().filter_map(|container| on_host(container).or_else(|| ended(container))),
+    );
     Ok(vms)
+}
+
+/// A container that runs on the host's own kernel.
+fn on_host(container: &Container) -> Option<Value> {
+    let Ok(State::Running(pid)) = container.state() else { return None };
+    // One without a number is about to run.
+    if container.record.isolation == Isolation::Vm || pid == 0 {
+        return None;
+    }
+    let created = humantime::parse_rfc3339(&container.record.created).ok()?;
+    let uptime = created.elapsed().unwrap_or_default().as_secs_f64();
+    let mut value = json!({ "name": container.record.name, "state": "running", "pid": pid,
+        "uptime_seconds": uptime });
+    describe(container, &mut value);
+    Some(value)
 }
 
 /// A container without a VM. `None`: its VM is about to be there, or it has gone meanwhile.
@@ -95,6 +112,7 @@ fn describe(container: &Container, vm: &mut Value) {
     vm["command"] = record.process.args.join(" ").into();
     vm["created"] = record.created.clone().into();
     vm["ports"] = record.ports.clone().into();
+    vm["isolation"] = record.isolation.name().into();
 }
 
 /// What a VM says of itself, or what can be said of one that says nothing. `None`: it has gone meanwhile.
@@ -139,9 +157,11 @@ fn write_table(vms: &[Value], out: &mut dyn Write) -> io::Result<()> {
         if let Some((end, _)) = runs.char_indices().nth(COMMAND) {
             runs.replace_range(end.., "…");
         }
-        [field("name"), field("pid"), state, field("cpus"), memory, uptime, field("image"), runs]
+        let isolation = if vm["isolation"].is_null() { "vm".into() } else { field("isolation") };
+        [field("name"), field("pid"), isolation, state, field("cpus"), memory, uptime, field("image"), runs]
     };
-    let head = ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME", "IMAGE", "COMMAND"].map(String::from);
+    let head = ["NAME", "PID", "ISOLATION", "STATE", "CPUS", "MEMORY", "UPTIME", "IMAGE", "COMMAND"]
+        .map(String::from);
     table::write(std::iter::once(head).chain(vms.iter().map(row)), out)
 }
 

@@ -13,8 +13,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::config::{HostEnd, MemoryConfig, Publish, Size, is_name};
 use crate::container::{
-    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Record,
-    StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
+    Address, Changes, Claim, ContainerError, Containers, Isolation, Machine, Network, NetworkWishes, Program,
+    Record, StreamOptions, Streams, Volume, Wanted, make_storage, new_id, record_end, set_process,
 };
 use crate::guest::TerminalSize;
 use crate::guest::status::{KILLED, NOT_STARTED};
@@ -43,6 +43,7 @@ Examples:
   echo hello | microvm run -i --rm alpine tr a-z A-Z
   microvm run -d --name web -p 8080:80 nginx && microvm logs -f web
   microvm run --rm -v ./src:/src:ro -v cache:/cache -w /src rust cargo build
+  microvm run -d --name web -p 8080:80 -v ./nginx.conf:/etc/nginx/nginx.conf:ro nginx
   microvm run -e GREETING=hello -w /tmp -u nobody alpine env
   sudo microvm run --rm --isolation container alpine id      # the same image on the host's kernel
   microvm run --memory 1G --cpus 2 --read-only python:3 python -c 'print(6 * 7)'";
@@ -91,8 +92,9 @@ pub struct RunArgs {
     /// A port of the host's leads to one of the container's; again for more
     #[arg(short, long, value_name = "[ADDRESS:]HOST:PORT[/tcp|udp]")]
     publish: Vec<Publish>,
-    /// A folder of the host's in the container; with a name for HOST one that is kept for it; again for more
-    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]")]
+    /// A folder or a file of the host's in the container; with a name for HOST a folder that is kept for it, without one a
+    /// folder that goes with the container; again for more
+    #[arg(short, long, value_name = "[HOST:]CONTAINER[:ro]")]
     volume: Vec<Volume>,
     /// Its address on a tap, as 172.30.0.2/24
     #[arg(long, value_name = "ADDRESS/BITS", requires = "network")]
@@ -110,7 +112,7 @@ pub struct RunArgs {
     #[arg(short, long, value_name = "SIZE")]
     memory: Option<MemoryConfig>,
     /// What is between the program and the host: vm, container (by crun or runc, on the host's kernel) or process (another
-    /// root folder alone); the latter two are to compare with, and need root
+    /// root folder alone, on the host's network); the latter two are to compare with, and need root
     #[arg(long, value_name = "HOW", default_value_t)]
     isolation: Isolation,
     /// Where the container's control group is made, from the root of the hierarchy
@@ -125,7 +127,7 @@ pub struct RunArgs {
     /// Nothing can be written to the root file system
     #[arg(long)]
     read_only: bool,
-    /// End the VM after this long, as 500ms, 30s or 2m
+    /// End it after this long, as 500ms, 30s or 2m
     #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
     timeout: Option<Duration>,
     /// Where the time went, on standard error
@@ -168,23 +170,13 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
     if !is_name(&name) {
         return Err(ContainerError::Name(name).into());
     }
+    let containers = Containers::of_user()?;
+    let wanted = wanted(&args, name, containers.folder_of(&id))?;
     if args.isolation != Isolation::Vm {
-        return host::run(&args, &name, clock);
+        return host::run(&args, &id, &wanted, clock);
     }
-    let machine = Machine::of(&wanted(&args, &name)?)?;
-    let record = Record {
-        id: id.clone(),
-        name,
-        image: args.image.clone(),
-        image_id: machine.image_id.clone(),
-        created: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
-        process: machine.process.clone(),
-        stop_signal: machine.stop_signal,
-        rm: args.rm,
-        ports: args.publish.iter().map(ToString::to_string).collect(),
-        volumes: args.volume.iter().map(ToString::to_string).collect(),
-    };
-    let claim = Containers::of_user()?.add(&record)?;
+    let machine = Machine::of(&wanted)?;
+    let claim = containers.add(&record(&args, &id, &wanted, &machine.program))?;
     let ready = match args.detach.then(detach).transpose()? {
         Some(Detached::Parent(waiting)) => {
             // The other process has them: here they would keep an ended container from being seen as one.
@@ -195,6 +187,22 @@ fn start(args: RunArgs, clock: Clock) -> Result<u8, CliError> {
         None => None,
     };
     run_here(args, machine, claim, ready, clock)
+}
+
+fn record(args: &RunArgs, id: &str, wanted: &Wanted, program: &Program) -> Record {
+    Record {
+        id: id.into(),
+        name: wanted.name.clone(),
+        image: args.image.clone(),
+        image_id: program.image_id.clone(),
+        created: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+        process: program.process.clone(),
+        stop_signal: program.stop_signal,
+        rm: args.rm,
+        ports: args.publish.iter().map(ToString::to_string).collect(),
+        volumes: args.volume.iter().map(ToString::to_string).collect(),
+        isolation: args.isolation,
+    }
 }
 
 /// Waits for the process that goes on in the background.
@@ -216,14 +224,16 @@ fn run_here(
     ready: Option<Ready>,
     clock: Clock,
 ) -> Result<u8, CliError> {
-    let Machine { mut config, lease, initramfs, .. } = machine;
+    let Machine { mut config, initramfs, program } = machine;
+    let lease = program.lease;
     config.cpus = args.cpus.unwrap_or(config.cpus);
-    config.memory = args.memory.unwrap_or(config.memory);
+    config.memory = args.memory.clone().unwrap_or(config.memory);
     config.timeout = args.timeout;
     config.allow_software_kvm = args.allow_software_kvm;
     let Claim { folder, lock, end, log, leavings } = claim;
     let unused = folder.clone();
     let storage = args.storage.map(|size| make_storage(&folder, size)).transpose();
+    let volumes = make_volumes(&args, &folder);
     let attached = ready.is_none();
     let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
     let rm = args.rm;
@@ -252,7 +262,7 @@ fn run_here(
         metrics: args.metrics,
         prepare: Some(Box::new(prepare)),
     };
-    let ended = storage.map_err(CliError::from).and_then(|storage| {
+    let ended = volumes.and(storage).map_err(CliError::from).and_then(|storage| {
         config.disks.extend(storage);
         launch.run(&config, clock)
     });
@@ -268,6 +278,18 @@ fn run_here(
     }
 }
 
+/// Makes the volumes that go with the container. With `--rm` another process removes them: this one may not look at what its
+/// guest has made, when that is due.
+fn make_volumes(args: &RunArgs, folder: &Path) -> Result<(), ContainerError> {
+    let mut volumes = args.volume.iter().enumerate();
+    volumes.try_for_each(|(number, volume)| volume.make(number, folder))?;
+    if args.rm && args.volume.iter().any(Volume::is_anonymous) {
+        let left = Containers::of_user()?.clean_behind(folder);
+        left.map_err(|source| ContainerError::Store { path: folder.into(), source })?;
+    }
+    Ok(())
+}
+
 /// The container's exit status.
 fn status_of(end: &End) -> u8 {
     match end {
@@ -278,8 +300,8 @@ fn status_of(end: &End) -> u8 {
     }
 }
 
-fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
-    let hostname = args.hostname.clone().unwrap_or_else(|| name.into());
+fn wanted(args: &RunArgs, name: String, folder: PathBuf) -> Result<Wanted, CliError> {
+    let hostname = args.hostname.clone().unwrap_or_else(|| name.clone());
     if !is_name(&hostname) {
         return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
     }
@@ -288,7 +310,8 @@ fn wanted(args: &RunArgs, name: &str) -> Result<Wanted, CliError> {
     env.extend(args.env.iter().filter_map(|word| variable(word)));
     Ok(Wanted {
         image: args.image.clone(),
-        name: name.into(),
+        name,
+        folder,
         hostname,
         changes: Changes {
             command: args.command.clone(),

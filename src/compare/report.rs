@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::container::Isolation;
+use crate::container::{Isolation, seccomp_profile};
 
 use super::Plan;
 use super::host::Fingerprint;
@@ -140,6 +140,14 @@ fn remarks(plan: &Plan, series: &[Series], host: &Fingerprint) -> Vec<String> {
     if lacks(FIGURES[0].0) {
         remarks.push("the program's start was not seen everywhere: on the host that needs fanotify".into());
     }
+    if plan.isolations.contains(&Isolation::Container) {
+        remarks.push(match seccomp_profile() {
+            Some(path) => format!("the container has a seccomp profile, as ordinary ones have: {path}"),
+            None => "the container has no seccomp profile, which ordinary ones have: none is installed \
+                     (golang-github-containers-common)"
+                .into(),
+        });
+    }
     remarks
 }
 
@@ -192,6 +200,7 @@ pub(super) mod tests {
             assert_eq!((vm.measures[index].summary.unwrap().median, vm.measures[index].ratio), (value, None));
             assert_eq!(container.measures[index].summary, None);
         }
+        assert!(report.remarks.iter().any(|remark| remark.contains("seccomp profile")));
         assert!(
             report.remarks.iter().any(|remark| remark.contains("4 runs are few")),
             "{:?}",

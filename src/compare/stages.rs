@@ -47,7 +47,7 @@ const PROCESS: [Row; 9] = on_host("layers mounted, chroot, the program is starte
 /// The stages where the host's kernel runs the program: what makes its process, and what it is.
 const fn on_host(process: &'static str, app: &'static str) -> [Row; 9] {
     [
-        ("microvm", &["start"], "flags"),
+        ("microvm", &["start"], "flags, image"),
         ("firmware", &[], "none: the host runs"),
         ("boot record", &[], "none: the host runs"),
         ("boot loader", &[], "none: the host runs"),

@@ -13,7 +13,7 @@ use crate::sys::signals::{Signal, Signals};
 use crate::sys::terminal::{self, RawMode};
 
 use super::relay::{self, Finish, Receiver};
-use super::{Container, ContainerError, State};
+use super::{Container, ContainerError, Isolation, State};
 
 /// The socket of a container's socket device, in the folder of its control socket.
 pub const SOCKET: &str = "vsock.sock";
@@ -30,9 +30,13 @@ impl Agent {
     /// Connects to a container that runs.
     ///
     /// # Errors
-    /// It does not run, or its guest does not answer.
+    /// It does not run or has no VM, or its guest does not answer.
     pub fn connect(container: &Container) -> Result<Self, ContainerError> {
         let name = container.record.name.clone();
+        let isolation = container.record.isolation;
+        if isolation != Isolation::Vm {
+            return Err(ContainerError::OnHost { name, isolation });
+        }
         if let State::Ended(_) = container.state()? {
             return Err(ContainerError::NotRunning(name));
         }

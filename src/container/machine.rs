@@ -10,23 +10,21 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::config::{DiskConfig, HostEnd, Publish, VmConfig, VsockConfig};
 use crate::control::base_path;
-use crate::guest::{GuestSpec, LAYERS_DISK, ProcessSpec};
-use crate::image::{Lease, PullPolicy};
+use crate::guest::{GuestSpec, LAYERS_DISK};
+use crate::image::PullPolicy;
 use crate::kernels::{Kernel, KernelStore};
 
 use super::agent::SOCKET;
 use super::network::connect;
 use super::program::Program;
 use super::storage;
-use super::{Changes, ContainerError, NetworkWishes, Volume, parse_signal};
+use super::{Changes, ContainerError, NetworkWishes, Volume};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
 const STATUS_PORT: u16 = 0xf4;
 
 /// The guest's address in its socket device. VMs may share one.
 const CID: u32 = 3;
-/// What programs are asked to end with.
-const TERM: u8 = libc::SIGTERM as u8;
 
 /// What is wanted of a container.
 #[derive(Clone, Debug)]
@@ -35,6 +33,8 @@ pub struct Wanted {
     pub image: String,
     /// The container's name.
     pub name: String,
+    /// Its folder, which need not be there yet.
+    pub folder: PathBuf,
     /// The guest's name.
     pub hostname: String,
     /// Otherwise than the image says.
@@ -61,16 +61,10 @@ pub struct Wanted {
 pub struct Machine {
     /// What is built.
     pub config: VmConfig,
-    /// The image cannot be removed as long as this lives, which must stay open when the VM confines itself.
-    pub lease: Lease,
     /// What `config` names by its descriptor: needed until the VM is built.
     pub initramfs: File,
-    /// The program.
-    pub process: ProcessSpec,
-    /// The image's id.
-    pub image_id: String,
-    /// What `stop` sends first.
-    pub stop_signal: u8,
+    /// The program, whose image cannot be removed as long as this lives: it must stay open when the VM confines itself.
+    pub program: Program,
 }
 
 impl Machine {
@@ -82,20 +76,21 @@ impl Machine {
         // What is missing is said before anything takes long, and before what is only worth a warning.
         let kernels = KernelStore::of_user()?;
         let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
-        let Program { lease, image_id, layers, process, stop_signal } = Program::of(wanted)?;
-        let stop_signal = stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
-        let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| volume.place(number));
+        let program = Program::of(wanted)?;
+        let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| {
+            Ok::<_, ContainerError>(volume.share(number, volume.place(number, &wanted.folder)?))
+        });
         let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
-            layers: layers.iter().map(|layer| len(layer)).collect::<Result<_, _>>()?,
+            layers: program.layers.iter().map(|layer| len(layer)).collect::<Result<_, _>>()?,
             storage: wanted.storage.then(|| storage::ID.into()),
             read_only: wanted.read_only,
             hostname: wanted.hostname.clone(),
             network,
             mounts,
             agent: true,
-            process,
+            process: program.process.clone(),
         };
         let initramfs = initramfs(&kernel, &spec)?;
         let mut config = VmConfig::new(kernel.path);
@@ -109,8 +104,8 @@ impl Machine {
         config.shares = shares;
         config.publish = wanted.publish.clone();
         config.name = Some(wanted.name.clone());
-        config.disks.extend(layers_disk(layers));
-        Ok(Self { config, lease, initramfs, process: spec.process, image_id, stop_signal })
+        config.disks.extend(layers_disk(program.layers.clone()));
+        Ok(Self { config, initramfs, program })
     }
 }
 

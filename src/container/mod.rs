@@ -25,11 +25,15 @@ use crate::image::ImageError;
 use crate::kernels::KernelError;
 
 pub use agent::{Agent, exec, forget_dead_vms, forget_vm};
-pub use host::{Cgroup, HostError, HostWishes, Isolation, ParseIsolationError, run_on_host};
+pub use host::{
+    Cgroup, HostContainer, HostError, HostProcess, HostWishes, Isolation, Life, ParseIsolationError,
+    exec_on_host, seccomp_profile,
+};
 pub use log::{LogReader, LogRecord};
 pub use machine::{Machine, Wanted};
 pub use network::{Address, Network, NetworkWishes, ParseAddressError};
 pub use plan::{Changes, plan, set_variable};
+pub use program::Program;
 pub use relay::{Finish, Receiver, print};
 pub use signal::{ParseSignalError, parse_signal};
 pub use storage::make as make_storage;
@@ -91,7 +95,7 @@ pub enum ContainerError {
     #[error("--storage: there is no mkfs.ext4 on this host: install it (sudo apt-get install e2fsprogs)")]
     NoMkfs,
     /// A volume's folder.
-    #[error("--volume {path}: give a folder that is there")]
+    #[error("--volume {path}: give a folder or a file that is there")]
     Volume {
         /// Which.
         path: PathBuf,
@@ -119,6 +123,25 @@ pub enum ContainerError {
     /// It does not run.
     #[error("container {0} does not run: microvm ps -a says how it ended")]
     NotRunning(String),
+    /// It has no VM.
+    #[error(
+        "container {name} runs on the host's own kernel (--isolation {isolation}): cp and stats are for those in a VM"
+    )]
+    OnHost {
+        /// Which.
+        name: String,
+        /// What it has instead.
+        isolation: Isolation,
+    },
+    /// It cannot be sent a signal.
+    #[error("container {name}: its process cannot be sent a signal")]
+    Signal {
+        /// Which.
+        name: String,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// Its guest does not answer.
     #[error("container {name}: its guest cannot be asked")]
     Agent {

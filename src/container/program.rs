@@ -6,7 +6,10 @@ use crate::config::MAX_PIECES;
 use crate::guest::ProcessSpec;
 use crate::image::{Lease, PullOptions, Store, ensure};
 
-use super::{ContainerError, Wanted, plan};
+use super::{ContainerError, Wanted, parse_signal, plan};
+
+/// What programs are asked to end with.
+const TERM: u8 = libc::SIGTERM as u8;
 
 /// What a container is made of, wherever it runs.
 pub struct Program {
@@ -18,8 +21,8 @@ pub struct Program {
     pub layers: Vec<PathBuf>,
     /// What is run.
     pub process: ProcessSpec,
-    /// The image's `StopSignal`.
-    pub stop_signal: Option<String>,
+    /// The image's `StopSignal`, else SIGTERM.
+    pub stop_signal: u8,
 }
 
 impl Program {
@@ -37,6 +40,7 @@ impl Program {
         if !(1..=MAX_PIECES).contains(&layers.len()) {
             return Err(ContainerError::Layers { image: wanted.image.clone(), layers: layers.len() });
         }
-        Ok(Self { lease, image_id, layers, process, stop_signal: run.stop_signal })
+        let stop_signal = run.stop_signal.as_deref().map_or(Ok(TERM), parse_signal)?;
+        Ok(Self { lease, image_id, layers, process, stop_signal })
     }
 }

@@ -5,6 +5,8 @@
 //! containers/ID/lock          locked by its VM's process, whose number is in it: who can lock it knows the VM is dead
 //! containers/ID/end.json      how it ended; empty before, and for ever where its process was killed
 //! containers/ID/log.0, log.1  what its program printed
+//! containers/ID/storage       the disk of --storage
+//! containers/ID/volumes/N     its volumes without a name
 //! containers/lock             held by who adds or removes
 //! ```
 //!
@@ -27,9 +29,12 @@ use crate::guest::ProcessSpec;
 use crate::guest::status::KILLED;
 use crate::sandbox::{Confined, Folder, Kept, SandboxError};
 use crate::sys::data::data_folder;
+use crate::sys::fork::leave_behind;
+use crate::sys::remove_tree::remove_tree;
 use crate::vmm::{Service, clean_up_at_end};
 
 use super::ContainerError;
+use super::host::Isolation;
 use super::log::{self, LogWriter};
 use super::storage;
 
@@ -64,6 +69,9 @@ pub struct Record {
     /// Shared folders, as they were given.
     #[serde(default)]
     pub volumes: Vec<String>,
+    /// What is between its program and the host.
+    #[serde(default)]
+    pub isolation: Isolation,
 }
 
 /// How a container ended.
@@ -123,6 +131,12 @@ impl Containers {
         Ok(Self { folder: data_folder().ok_or(ContainerError::NoPlace)?.join("containers") })
     }
 
+    /// The folder of the container with this id.
+    #[must_use]
+    pub fn folder_of(&self, id: &str) -> PathBuf {
+        self.folder.join(id)
+    }
+
     /// Adds a container, which runs from then on until what this returns is dropped or its process ends.
     ///
     /// # Errors
@@ -137,7 +151,7 @@ impl Containers {
             return Err(ContainerError::NameTaken(record.name.clone()));
         }
         let new = self.folder.join(format!(".{}", record.id));
-        let folder = self.folder.join(&record.id);
+        let folder = self.folder_of(&record.id);
         let made = Claim::make(&new, record).and_then(|files| {
             fs::rename(&new, &folder)?;
             let open = |path| open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
@@ -177,7 +191,7 @@ impl Containers {
     }
 
     fn read(&self, id: &str) -> Option<Container> {
-        let folder = self.folder.join(id);
+        let folder = self.folder_of(id);
         let text = fs::read(folder.join(RECORD)).ok()?;
         Some(Container { folder, record: serde_json::from_slice(&text).ok()? })
     }
@@ -221,7 +235,7 @@ impl Containers {
         }
         let entries = fs::read_dir(&gone).map_err(failed(&gone))?;
         let bytes = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len())).sum();
-        fs::remove_dir_all(&gone).map_err(failed(&gone))?;
+        remove_tree(&gone).map_err(failed(&gone))?;
         Ok(bytes)
     }
 
@@ -238,13 +252,29 @@ impl Containers {
         self.sweep().map(drop)
     }
 
+    /// Has a process of its own remove a container when that has ended, for one whose own process is confined by then and
+    /// may not look into folders. Called while this process has one thread.
+    ///
+    /// # Errors
+    /// No process is left.
+    pub fn clean_behind(self, container: &Path) -> io::Result<()> {
+        let lock = container.join(LOCK);
+        leave_behind(move || {
+            // Gone already, else free when the container's process is.
+            if let Ok(lock) = File::open(lock) {
+                while flock(&lock, FlockOperation::LockShared) == Err(Errno::INTR) {}
+            }
+            let _ = self.clean();
+        })
+    }
+
     /// Returns those that are left.
     fn sweep(&self) -> Result<Vec<Container>, ContainerError> {
         let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
         for entry in entries.flatten() {
             // Nobody adds or removes now, so it is nobody's.
             if entry.file_name().as_encoded_bytes().starts_with(b".") || is_half_removed(&entry.path()) {
-                let _ = fs::remove_dir_all(entry.path());
+                let _ = remove_tree(&entry.path());
             }
         }
         let mut left = Vec::new();
@@ -404,7 +434,7 @@ pub struct Leavings {
 }
 
 impl Leavings {
-    /// Removes it.
+    /// Removes it, but for what its volumes have: [`Containers::clean`] does.
     pub fn remove(&self) {
         // Its record first: without that it is no container any more.
         for name in [RECORD, END, LOCK, storage::FILE].iter().chain(&log::FILES) {
@@ -437,6 +467,7 @@ mod tests {
             rm: false,
             ports: Vec::new(),
             volumes: Vec::new(),
+            isolation: Isolation::Vm,
         }
     }
 

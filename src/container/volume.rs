@@ -1,4 +1,4 @@
-//! Folders of the host in a container, as `--volume` has them.
+//! Folders and files of the host in a container, as `--volume` has them.
 
 use std::fs;
 use std::io;
@@ -13,24 +13,37 @@ use crate::sys::data::data_folder;
 
 use super::ContainerError;
 
-/// A folder of the host in a container.
+/// In a container's folder: its volumes without a name, by their numbers.
+pub const FOLDER: &str = "volumes";
+
+/// A folder or a file of the host in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
-    /// A path with a slash in it, or a name: a folder that is kept for this user.
-    source: String,
+    source: Source,
     /// An absolute path in the container.
     target: String,
     read_only: bool,
-    /// Who owns in the container what is this user's.
-    uid: u32,
-    gid: u32,
+    /// Who owns in the container what is this user's; root where nobody says.
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
+/// Where its files are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    /// A folder or a file of the host's.
+    Path(String),
+    /// A folder that is kept for this user.
+    Named(String),
+    /// A folder that goes with the container.
+    Anonymous,
 }
 
 /// A `--volume` that cannot be read.
 #[derive(Debug, PartialEq, Eq, Error)]
 #[error(
     "{0:?} is no volume: write HOST:CONTAINER[:ro][,uid=N][,gid=N] with an absolute path in the container, and on the \
-     host a path with a slash in it or a name"
+     host a path with a slash in it or a name; or CONTAINER alone"
 )]
 pub struct ParseVolumeError(String);
 
@@ -40,19 +53,23 @@ impl FromStr for Volume {
     fn from_str(text: &str) -> Result<Self, ParseVolumeError> {
         let bad = || ParseVolumeError(text.into());
         let mut parts = text.splitn(3, ':');
-        let (source, target) = parts.next().zip(parts.next()).ok_or_else(bad)?;
-        let is_source = source.contains('/') || source == "." || is_name(source);
-        if !is_source || !target.starts_with('/') {
+        let (source, target) = match (parts.next().unwrap_or_default(), parts.next()) {
+            (target, None) => (Source::Anonymous, target),
+            (path, Some(target)) if path.contains('/') || path == "." => (Source::Path(path.into()), target),
+            (name, Some(target)) if is_name(name) => (Source::Named(name.into()), target),
+            _ => return Err(bad()),
+        };
+        // Over the root itself nothing can lie.
+        if !target.starts_with('/') || Path::new(target).components().nth(1).is_none() {
             return Err(bad());
         }
-        let mut volume =
-            Self { source: source.into(), target: target.into(), read_only: false, uid: 0, gid: 0 };
+        let mut volume = Self { source, target: target.into(), read_only: false, uid: None, gid: None };
         for option in parts.next().iter().flat_map(|options| options.split(',')) {
             match option.split_once('=') {
                 None if option == "ro" => volume.read_only = true,
                 None if option == "rw" => volume.read_only = false,
-                Some(("uid", number)) => volume.uid = number.parse().map_err(|_| bad())?,
-                Some(("gid", number)) => volume.gid = number.parse().map_err(|_| bad())?,
+                Some(("uid", number)) => volume.uid = Some(number.parse().map_err(|_| bad())?),
+                Some(("gid", number)) => volume.gid = Some(number.parse().map_err(|_| bad())?),
                 _ => return Err(bad()),
             }
         }
@@ -60,46 +77,116 @@ impl FromStr for Volume {
     }
 }
 
+/// A volume as it is on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Its folder or file.
+    pub source: PathBuf,
+    /// An absolute path in the container.
+    pub target: String,
+    /// Nothing in it can be changed.
+    pub read_only: bool,
+    /// It is one file.
+    pub is_file: bool,
+    /// It is new: it gets what the image has at its place.
+    pub fill: bool,
+}
+
 impl Volume {
-    /// The folder that is shared, and where it is mounted, as the one of this number.
+    /// Makes its folder in that of its container, if it has no name, as the one of this number.
     ///
     /// # Errors
-    /// There is no such folder on the host.
-    pub fn place(&self, number: usize) -> Result<(ShareConfig, MountSpec), ContainerError> {
-        let path = self.folder()?;
-        let failed = |source| ContainerError::Volume { path: path.clone(), source };
-        if !fs::metadata(&path).map_err(failed)?.is_dir() {
-            return Err(failed(io::ErrorKind::NotADirectory.into()));
+    /// The disk fails.
+    pub fn make(&self, number: usize, container: &Path) -> Result<(), ContainerError> {
+        if self.source != Source::Anonymous {
+            return Ok(());
         }
-        let tag = format!("volume{number}");
-        let share = ShareConfig {
-            readonly: self.read_only,
-            uid: self.uid,
-            gid: self.gid,
-            ..ShareConfig::new(path, tag.clone())
-        };
-        Ok((share, MountSpec { tag, path: self.target.clone(), read_only: self.read_only }))
+        let path = anonymous(number, container);
+        fs::create_dir_all(&path).map_err(|source| ContainerError::Store { path, source })
     }
 
-    /// One with a name is made where it is not there.
-    fn folder(&self) -> Result<PathBuf, ContainerError> {
-        if self.source.contains('/') || self.source == "." {
-            let path = Path::new(&self.source);
-            return std::path::absolute(path)
-                .map_err(|source| ContainerError::Volume { path: path.into(), source });
+    /// Finds it, as the one of this number of the container with that folder. One with a name is made where it is not there;
+    /// one without need not be there yet.
+    ///
+    /// # Errors
+    /// There is no such file or folder on the host.
+    pub fn place(&self, number: usize, container: &Path) -> Result<Placed, ContainerError> {
+        let (target, read_only) = (self.target.clone(), self.read_only);
+        let source = match &self.source {
+            Source::Path(text) => {
+                let path = Path::new(text);
+                let failed = |source| ContainerError::Volume { path: path.into(), source };
+                std::path::absolute(path).map_err(failed)?
+            }
+            Source::Named(name) => named(name)?,
+            Source::Anonymous => {
+                let source = anonymous(number, container);
+                return Ok(Placed { source, target, read_only, is_file: false, fill: true });
+            }
+        };
+        let failed = |e| ContainerError::Volume { path: source.clone(), source: e };
+        let kind = fs::metadata(&source).map_err(failed)?;
+        if !kind.is_dir() && !kind.is_file() {
+            return Err(failed(io::Error::other("it is neither a folder nor a file")));
         }
-        let path = data_folder().ok_or(ContainerError::NoPlace)?.join("volumes").join(&self.source);
-        fs::create_dir_all(&path).map_err(|source| ContainerError::Store { path: path.clone(), source })?;
-        Ok(path)
+        let is_new = matches!(self.source, Source::Named(_)) && !read_only;
+        let fill = is_new && fs::read_dir(&source).map_err(failed)?.next().is_none();
+        Ok(Placed { target, read_only, is_file: kind.is_file(), fill, source })
     }
+
+    /// It as a VM has it, by what [`Volume::place`] has found.
+    #[must_use]
+    pub fn share(&self, number: usize, placed: Placed) -> (ShareConfig, MountSpec) {
+        let tag = format!("volume{number}");
+        let name = placed.source.file_name().map(|name| name.to_string_lossy().into_owned());
+        let mount = MountSpec {
+            tag: tag.clone(),
+            path: placed.target,
+            read_only: placed.read_only,
+            file: name.filter(|_| placed.is_file),
+            fill: placed.fill,
+        };
+        let share = ShareConfig {
+            readonly: self.read_only,
+            uid: self.uid.unwrap_or(0),
+            gid: self.gid.unwrap_or(0),
+            ..ShareConfig::new(placed.source, tag)
+        };
+        (share, mount)
+    }
+
+    /// Whether it goes with its container.
+    #[must_use]
+    pub fn is_anonymous(&self) -> bool {
+        self.source == Source::Anonymous
+    }
+
+    /// Whether it says who owns its files in the container.
+    #[must_use]
+    pub fn has_owner(&self) -> bool {
+        self.uid.or(self.gid).is_some()
+    }
+}
+
+fn named(name: &str) -> Result<PathBuf, ContainerError> {
+    let path = data_folder().ok_or(ContainerError::NoPlace)?.join(FOLDER).join(name);
+    fs::create_dir_all(&path).map_err(|source| ContainerError::Store { path: path.clone(), source })?;
+    Ok(path)
+}
+
+fn anonymous(number: usize, container: &Path) -> PathBuf {
+    container.join(FOLDER).join(number.to_string())
 }
 
 impl std::fmt::Display for Volume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mode = if self.read_only { "ro" } else { "rw" };
-        write!(f, "{}:{}:{mode}", self.source, self.target)?;
-        if (self.uid, self.gid) != (0, 0) {
-            write!(f, ",uid={},gid={}", self.uid, self.gid)?;
+        match &self.source {
+            Source::Path(source) | Source::Named(source) => write!(f, "{source}:{}:{mode}", self.target)?,
+            Source::Anonymous => write!(f, "{}", self.target)?,
+        }
+        if self.has_owner() {
+            write!(f, ",uid={},gid={}", self.uid.unwrap_or(0), self.gid.unwrap_or(0))?;
         }
         Ok(())
     }
@@ -112,26 +199,45 @@ mod tests {
     #[test]
     fn volumes_are_read() {
         let volume: Volume = "./src:/src:ro".parse().unwrap();
-        assert!(volume.read_only && volume.source == "./src" && volume.target == "/src");
+        assert!(volume.read_only && volume.source == Source::Path("./src".into()) && volume.target == "/src");
         let volume: Volume = "data:/var/lib:uid=5,gid=6".parse().unwrap();
         assert_eq!(
             (volume.uid, volume.gid, volume.to_string().as_str()),
-            (5, 6, "data:/var/lib:rw,uid=5,gid=6")
+            (Some(5), Some(6), "data:/var/lib:rw,uid=5,gid=6")
         );
-        for wrong in ["/a", "/a:b", ":/b", "a b:/c", "/a:/b:x", "/a:/b:uid=x", "/a:/b:ro:ro", ""] {
+        let volume: Volume = "/cache".parse().unwrap();
+        assert_eq!((&volume.source, volume.to_string().as_str()), (&Source::Anonymous, "/cache"));
+        for wrong in ["a", "/a:b", ":/b", "a b:/c", "/a:/b:x", "/a:/b:uid=x", "/a:/b:ro:ro", "", "/", "/a://"]
+        {
             assert!(wrong.parse::<Volume>().is_err(), "{wrong}");
         }
     }
 
     #[test]
-    fn the_folder_must_be_there() {
+    fn a_path_must_be_there() {
         let dir = tempfile::tempdir().unwrap();
-        let place = |path: &Path| format!("{}:/x:ro", path.display()).parse::<Volume>().unwrap().place(1);
+        let place = |path: &Path| {
+            let volume: Volume = format!("{}:/x:ro", path.display()).parse().unwrap();
+            volume.place(1, Path::new("/nowhere")).map(|placed| volume.share(1, placed))
+        };
         let (share, mount) = place(dir.path()).unwrap();
         assert!(share.readonly && mount.read_only && share.tag == mount.tag && share.path == dir.path());
+        assert!(mount.file.is_none() && !mount.fill);
         let file = dir.path().join("file");
         assert!(matches!(place(&file), Err(ContainerError::Volume { .. })));
         fs::write(&file, "").unwrap();
-        assert!(matches!(place(&file), Err(ContainerError::Volume { .. })));
+        let (share, mount) = place(&file).unwrap();
+        assert_eq!((share.path, mount.file.as_deref()), (file, Some("file")));
+        assert!(matches!(place(Path::new("/dev/null")), Err(ContainerError::Volume { .. })));
+    }
+
+    #[test]
+    fn one_without_a_name_is_in_its_containers_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume: Volume = "/cache".parse().unwrap();
+        let placed = volume.place(3, dir.path()).unwrap();
+        assert!(placed.source == dir.path().join("volumes/3") && placed.fill && !placed.source.exists());
+        volume.make(3, dir.path()).unwrap();
+        assert!(placed.source.is_dir());
     }
 }

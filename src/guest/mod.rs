@@ -2,6 +2,7 @@
 //! what the two say to each other while it runs ([`wire`]).
 
 pub mod archive;
+pub mod copy;
 pub mod status;
 pub mod users;
 pub mod wire;
@@ -47,8 +48,8 @@ pub struct GuestSpec {
     pub process: ProcessSpec,
 }
 
-/// A folder that the host shares.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A folder or a file that the host shares.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MountSpec {
     /// The device's tag.
@@ -58,6 +59,12 @@ pub struct MountSpec {
     /// Nothing can be written to it. The host enforces it on its own.
     #[serde(default)]
     pub read_only: bool,
+    /// The share is this one file, which lies over `path`.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// It is new and empty: what the image has at `path` is copied into it first.
+    #[serde(default)]
+    pub fill: bool,
 }
 
 /// The first network card's configuration.
@@ -106,6 +113,12 @@ pub struct ProcessSpec {
 pub fn hosts(hostname: &str, address: Option<Ipv4Addr>) -> String {
     let own = address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
     format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{own}\t{hostname}\n")
+}
+
+/// What `/etc/resolv.conf` says in a container with this network.
+#[must_use]
+pub fn resolv_conf(network: Option<&NetworkSpec>) -> String {
+    network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
 }
 
 /// A terminal's size in characters.
@@ -203,6 +216,9 @@ mod tests {
         assert!(serde_json::from_str::<GuestSpec>(&text.replace("hostname", "host")).is_err());
         let mounts = r#""mounts": [{"tag": "src", "path": "/src"}], "hostname"#;
         let spec: GuestSpec = serde_json::from_str(&text.replace("\"hostname", mounts)).unwrap();
-        assert_eq!(spec.mounts, [MountSpec { tag: "src".into(), path: "/src".into(), read_only: false }]);
+        assert_eq!(
+            spec.mounts,
+            [MountSpec { tag: "src".into(), path: "/src".into(), ..MountSpec::default() }]
+        );
     }
 }

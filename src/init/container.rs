@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use microvm::guest::{GuestSpec, NetworkSpec, ProcessSpec, SPEC_PATH, hosts};
+use microvm::guest::{GuestSpec, ProcessSpec, SPEC_PATH, hosts, resolv_conf};
 use rustix::fs::FileType;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -51,6 +51,7 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         Overlay::new(rootfs::HOSTS, &hosts(&spec.hostname, address))?,
         Overlay::new(rootfs::RESOLV_CONF, &resolv_conf(spec.network.as_ref()))?,
     ];
+    let shares = shares::prepare_all(&spec.mounts)?;
     rootfs::enter()?;
     for file in &files {
         if let Err(e) = file.put() {
@@ -58,15 +59,11 @@ pub fn enter(spec: &GuestSpec) -> Result<(), Failed> {
         }
     }
     // Behind the files, none of which is written into a folder of the host's.
-    shares::mount_all(&spec.mounts)?;
+    shares::mount_all(&shares)?;
     if let Err(e) = network::set_up(spec.network.as_ref()) {
         say!("the network cannot be set up: {e}");
     }
     Ok(())
-}
-
-fn resolv_conf(network: Option<&NetworkSpec>) -> String {
-    network.iter().flat_map(|n| &n.name_servers).map(|server| format!("nameserver {server}\n")).collect()
 }
 
 /// Standard input, output and error of a program.

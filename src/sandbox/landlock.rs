@@ -30,7 +30,7 @@ pub(super) fn lacks(abi: u32) -> impl Iterator<Item = Lack> {
     FEATURES.into_iter().filter(move |(since, _)| *since > abi).map(|(_, lack)| lack).take(count)
 }
 
-/// A folder in which one thing is still allowed, and nothing else.
+/// A folder in which, or a file with which, one thing is still allowed, and nothing else.
 #[derive(Clone, Debug)]
 pub enum Folder {
     /// Removing files, in it and in the folders below it.
@@ -44,6 +44,13 @@ pub enum Folder {
     Shared {
         /// The folder.
         folder: Arc<OwnedFd>,
+        /// Reading alone.
+        readonly: bool,
+    },
+    /// A file can be read, and where it is not `readonly` be written.
+    SharedFile {
+        /// The file.
+        file: Arc<OwnedFd>,
         /// Reading alone.
         readonly: bool,
     },
@@ -79,6 +86,13 @@ pub(super) fn restrict(folders: &[Folder]) -> Result<(), SandboxError> {
                 let reading = AccessFs::ReadFile | AccessFs::ReadDir;
                 let rights = if *readonly { reading } else { reading | writing() };
                 rules = rules.add_rule(PathBeneath::new(folder, rights)).map_err(&failed)?;
+                continue;
+            }
+            Folder::SharedFile { file, readonly } => {
+                let reading = BitFlags::from(AccessFs::ReadFile);
+                let rights =
+                    if *readonly { reading } else { reading | AccessFs::WriteFile | AccessFs::Truncate };
+                rules = rules.add_rule(PathBeneath::new(file, rights)).map_err(&failed)?;
                 continue;
             }
         };

@@ -2,7 +2,9 @@
 
 use std::io;
 
-use rustix::process::Pid;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{Pid, setsid};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Starts a process that runs `child` and ends with what that returns. Call this only where this process has one thread.
@@ -16,6 +18,29 @@ pub fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     let status = child();
     // SAFETY: ends this process; what the parent wants done at its exit is the parent's.
     unsafe { libc::_exit(status.into()) }
+}
+
+/// Runs `body` in a child that outlives this process: without its descriptors, streams and terminal. Call this only where
+/// this process has one thread.
+///
+/// # Errors
+/// No process is left.
+pub fn leave_behind(body: impl FnOnce()) -> io::Result<()> {
+    fork(|| {
+        // SAFETY: the descriptors' owners are in the parent: this child ends without dropping its copies of them.
+        unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+        let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+        let streams = null.and_then(|null| {
+            dup2_stdin(&null)?;
+            dup2_stdout(&null)?;
+            dup2_stderr(&null)
+        });
+        if streams.and_then(|()| setsid()).is_ok() {
+            body();
+        }
+        0
+    })
+    .map(drop)
 }
 
 /// Divides this process in two: the child's number for the one that was there, nothing for the child. Call this only where

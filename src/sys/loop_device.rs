@@ -1,4 +1,4 @@
-//! A file as a read-only block device (loop(4)), for kernels that mount no file directly.
+//! A file as a block device (loop(4)), for kernels or file systems that mount no file directly.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -29,11 +29,12 @@ struct Config {
 /// How often another process may be faster.
 const ATTEMPTS: usize = 64;
 
-/// Makes a block device of `file`. It is there as long as it is mounted, or this descriptor is open.
+/// Makes a block device of `file`, which must be open for writing where it is not `readonly`. It is there as long as it is
+/// mounted, or this descriptor is open.
 ///
 /// # Errors
 /// Not root, a kernel without loop devices, or none is left.
-pub fn attach(file: &File) -> io::Result<(PathBuf, File)> {
+pub fn attach(file: &File, readonly: bool) -> io::Result<(PathBuf, File)> {
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
     for _ in 0..ATTEMPTS {
         // SAFETY: takes no argument.
@@ -42,8 +43,8 @@ pub fn attach(file: &File) -> io::Result<(PathBuf, File)> {
             return Err(io::Error::last_os_error());
         }
         let path = Path::new("/dev").join(format!("loop{number}"));
-        let device = File::open(&path)?;
-        match configure(&device, file) {
+        let device = OpenOptions::new().read(true).write(!readonly).open(&path)?;
+        match configure(&device, file, readonly) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             result => return result.map(|()| (path, device)),
         }
@@ -51,13 +52,13 @@ pub fn attach(file: &File) -> io::Result<(PathBuf, File)> {
     Err(io::Error::from_raw_os_error(libc::EBUSY))
 }
 
-fn configure(device: &File, file: &File) -> io::Result<()> {
+fn configure(device: &File, file: &File, readonly: bool) -> io::Result<()> {
     let config = Config {
         fd: file.as_raw_fd() as u32,
         block_size: 0,
         before_key_size: [0; 6],
         key_size: 0,
-        flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
+        flags: LO_FLAGS_AUTOCLEAR | if readonly { LO_FLAGS_READ_ONLY } else { 0 },
         names_and_key: [0; 160],
         init: [0; 2],
         reserved: [0; 8],

@@ -40,19 +40,7 @@ impl Signals {
     pub fn new() -> io::Result<Self> {
         // A blocked signal reaches the descriptor even where it is ignored, so those are left out.
         let ending = ENDING.into_iter().filter(|signal| !is_ignored(*signal));
-        let set = set_of(ending.chain([libc::SIGWINCH]));
-        // SAFETY: `set` is valid for reading; the old mask is not asked for.
-        let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-        if failed != 0 {
-            return Err(io::Error::from_raw_os_error(failed));
-        }
-        // SAFETY: `set` is valid for reading; -1 asks for a new descriptor.
-        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: `fd` is open, new, and owned by nobody else.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+        descriptor(ending.chain([libc::SIGWINCH])).map(Self)
     }
 
     /// A signal that has arrived, if one has.
@@ -113,6 +101,23 @@ pub fn unblock(signal: libc::c_int) {
 /// Keeps `signal` from this thread.
 pub fn block(signal: libc::c_int) {
     change_mask(libc::SIG_BLOCK, signal);
+}
+
+/// Blocks signals in this thread, and gives a descriptor that they are read from.
+pub(super) fn descriptor(signals: impl IntoIterator<Item = libc::c_int>) -> io::Result<File> {
+    let set = set_of(signals);
+    // SAFETY: `set` is valid for reading; the old mask is not asked for.
+    let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if failed != 0 {
+        return Err(io::Error::from_raw_os_error(failed));
+    }
+    // SAFETY: `set` is valid for reading; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` is open, new, and owned by nobody else.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 fn set_of(signals: impl IntoIterator<Item = libc::c_int>) -> libc::sigset_t {

@@ -11,16 +11,18 @@ use super::common::{Host, own_stderr, stderr, stdout};
 use super::container::host_with_image;
 use microvm::image::Digest;
 
-const ALL: [&str; 3] = ["vm", "container", "process"];
+pub const ALL: [&str; 3] = ["vm", "container", "process"];
 const GROUPS: &str = "/sys/fs/cgroup/microvm";
 
 /// A host with an image `two` of two layers, of which the upper one changes and hides some of the lower one.
-fn host() -> Host {
+pub fn host() -> Host {
     let host = host_with_image("tuned", "vmlinux", None);
     let lower = fs::read(host.dir.path().join("box.tar")).unwrap();
     let upper = Tar(Vec::new())
         .dir("opt")
         .file("opt/both", b"upper\n")
+        .dir("keep")
+        .file("keep/index", b"of the image\n")
         .file("opt/.wh.hidden", b"")
         .dir("etc")
         .link("etc/resolv.conf", "/../../escaped")
@@ -103,6 +105,18 @@ fn isolations_end_alike() {
     }
 }
 
+/// Docker's profile, where it is installed, which scripts/test sees to. A VM's program has a kernel of its own to itself.
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_container_has_a_seccomp_profile() {
+    let host = host();
+    let script = "busybox grep Seccomp: /proc/self/status";
+    for (isolation, mode) in [("container", 2), ("process", 0)] {
+        let output = run(&host, isolation, &["two", "sh", "-c", script]);
+        assert_eq!(stdout(&output), format!("Seccomp:\t{mode}\n"), "{isolation}: {}", stderr(&output));
+    }
+}
+
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn limits_are_kept() {
@@ -126,7 +140,7 @@ fn limits_are_kept() {
 }
 
 /// Control groups that are left.
-fn groups() -> Vec<String> {
+pub fn groups() -> Vec<String> {
     let entries = fs::read_dir(GROUPS).into_iter().flatten().flatten();
     let folders = entries.filter(|entry| entry.file_type().unwrap().is_dir());
     folders.map(|entry| entry.file_name().into_string().unwrap()).collect()

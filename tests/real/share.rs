@@ -208,6 +208,7 @@ fn share_is_mounted_in_a_container() {
                 tag: tag.into(),
                 path: path.into(),
                 read_only,
+                ..MountSpec::default()
             };
             // In the other order, too.
             spec.mounts = vec![mount("data", "/work/src/data", false), mount("src", "/work/src", true)];

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 
 use clap::Args;
 
-use crate::container::{ContainerError, Containers, exec, set_variable};
+use crate::container::{ContainerError, Containers, HostError, Isolation, exec, exec_on_host, set_variable};
 use crate::guest::TerminalSize;
 use crate::guest::status::NOT_STARTED;
 
@@ -80,5 +80,12 @@ fn start(args: ExecArgs) -> Result<u8, CliError> {
     }
     process.input = args.interactive;
     process.size = TerminalSize::here().filter(|_| args.tty);
+    if container.record.isolation != Isolation::Vm {
+        return match exec_on_host(&container, &process) {
+            // The runtime has said why.
+            Err(ContainerError::Host(HostError::Runtime { status, .. })) => Ok(status),
+            result => Ok(result?),
+        };
+    }
     Ok(exec(&container, process)?)
 }

@@ -57,6 +57,7 @@ fn describe(container: &Container) -> Result<Value, CliError> {
         "State": state,
         "Image": record.image_id,
         "AutoRemove": record.rm,
+        "Isolation": record.isolation,
         "Ports": record.ports,
         "Volumes": record.volumes,
         "Config": {

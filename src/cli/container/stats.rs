@@ -9,6 +9,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::config::Size;
+use crate::container::{Container, ContainerError, Containers, Isolation, Record};
 use crate::control::{self, Client};
 
 use super::super::CliError;
@@ -85,7 +86,14 @@ fn samples(names: &[String]) -> Result<Vec<Sample>, CliError> {
         // Those that do not answer are not running.
         return Ok(control::names()?.iter().filter_map(|name| sample(name).ok()).collect());
     }
-    names.iter().map(|name| sample(name)).collect()
+    let containers = Containers::of_user()?;
+    let in_vm = |name: &String| match containers.find(name) {
+        Ok(Container { record: Record { name, isolation, .. }, .. }) if isolation != Isolation::Vm => {
+            Err(ContainerError::OnHost { name, isolation }.into())
+        }
+        _ => sample(name),
+    };
+    names.iter().map(in_vm).collect()
 }
 
 fn sample(name: &str) -> Result<Sample, CliError> {

@@ -1,11 +1,14 @@
 //! `microvm stop` and `microvm kill`.
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use clap::Args;
 
-use crate::container::{Agent, Container, ContainerError, Containers, State, parse_signal};
+use crate::container::{
+    Agent, Container, ContainerError, Containers, HostProcess, Isolation, State, parse_signal,
+};
 use crate::control::{self, Client, wait_for_end};
 use crate::guest::wire::{MAIN_SESSION, Request};
 
@@ -81,11 +84,25 @@ pub fn run_stop(args: &StopArgs) -> Result<u8, CliError> {
 
 /// Stops it. `false`: it had ended.
 pub fn stop(container: &Container, time: Duration) -> Result<bool, CliError> {
+    if container.record.isolation != Isolation::Vm {
+        return stop_on_host(container, time);
+    }
     let Some(vm) = connect(container)? else { return Ok(false) };
     let process = vm.process();
     let asked = signal(container, container.record.stop_signal);
     let ended = asked.is_ok() && process.as_ref().is_some_and(|process| wait_for_end(process, time));
     if !ended {
+        close(container)?;
+    }
+    container.wait().map(drop).or_else(unless_gone)?;
+    Ok(true)
+}
+
+/// The same, of one that has no VM.
+fn stop_on_host(container: &Container, time: Duration) -> Result<bool, CliError> {
+    let Some(host) = HostProcess::of(container)? else { return Ok(false) };
+    host.signal(container.record.stop_signal)?;
+    if !wait_for_end(&host.process, time) {
         close(container)?;
     }
     container.wait().map(drop).or_else(unless_gone)?;
@@ -110,6 +127,10 @@ pub fn run_kill(args: &KillArgs) -> Result<u8, CliError> {
 
 /// Sends its program a signal.
 fn signal(container: &Container, signal: u8) -> Result<(), ContainerError> {
+    if container.record.isolation != Isolation::Vm {
+        let not_running = || ContainerError::NotRunning(container.record.name.clone());
+        return HostProcess::of(container)?.ok_or_else(not_running)?.signal(signal);
+    }
     let mut agent = Agent::connect(container)?;
     match agent.ask(&Request::Signal { session: MAIN_SESSION, signal }) {
         // It ended by that, before the answer was on its way.
@@ -118,8 +139,13 @@ fn signal(container: &Container, signal: u8) -> Result<(), ContainerError> {
     }
 }
 
-/// Closes the VM, and waits for its process. `false`: it had ended.
+/// Closes the VM, or kills what there is instead, and waits for its process. `false`: it had ended.
 pub fn close(container: &Container) -> Result<bool, CliError> {
+    if container.record.isolation != Isolation::Vm {
+        let Some(host) = HostProcess::of(container)? else { return Ok(false) };
+        host.signal(KILL)?;
+        return wait_for_close(container, Some(&host.process)).map(|()| true);
+    }
     let Some(vm) = connect(container)? else { return Ok(false) };
     let process = vm.process();
     let body = serde_json::json!({ "state": "stopped" });
@@ -128,11 +154,15 @@ pub fn close(container: &Container) -> Result<bool, CliError> {
         Err(_) if matches!(container.state(), Ok(State::Ended(_)) | Err(ContainerError::NotFound(_))) => {}
         answer => drop(answer?),
     }
-    if process.is_some_and(|process| !wait_for_end(&process, CLOSE_LIMIT)) {
+    wait_for_close(container, process.as_ref()).map(|()| true)
+}
+
+fn wait_for_close(container: &Container, process: Option<&OwnedFd>) -> Result<(), CliError> {
+    if process.is_some_and(|process| !wait_for_end(process, CLOSE_LIMIT)) {
         let name = &container.record.name;
         return Err(CliError::Usage(format!("container {name} has stopped, but its process is still there")));
     }
-    Ok(true)
+    Ok(())
 }
 
 /// `None`: it has ended.

@@ -3,13 +3,16 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, ResolveFlags, makedev, mkdirat, mknodat, open, openat, openat2,
+};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 use rustix::process::{Gid, Uid, chdir, chroot};
 use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -19,6 +22,8 @@ use crate::guest::status::{NOT_STARTED, of_error};
 use crate::guest::users::User;
 use crate::sys::fork::unshare;
 
+use super::super::volume::Placed;
+use super::NotRun;
 use super::rootfs::RootFs;
 
 /// Minor numbers of the devices of major number 1 that every program expects, and of the terminal, which is of 5.
@@ -34,23 +39,22 @@ pub struct Chroot<'a> {
     pub read_only: bool,
     /// `/run` is a tmpfs: the image has nothing there.
     pub run: bool,
+    /// Folders and files of the host's in it, those that lie in others behind these.
+    pub volumes: &'a [Placed],
     /// The control group that it enters first.
     pub entrance: Option<File>,
 }
 
 impl Chroot<'_> {
-    /// Becomes the program. Returns only where that cannot be: an exit status, when the reason was printed.
-    pub fn become_it(&self) -> u8 {
+    /// Becomes the program. Returns only where that cannot be.
+    pub fn become_it(&self) -> NotRun {
         if let Err(e) = self.enter() {
-            eprintln!("microvm: --isolation process: the root file system cannot be entered: {e}");
-            return NOT_STARTED;
+            let message = format!("--isolation process: the root file system cannot be entered: {e}");
+            return NotRun { status: NOT_STARTED, message };
         }
-        let (name, e) = match self.process.args.split_first() {
-            Some((program, arguments)) => (program.as_str(), self.exec(program, arguments)),
-            None => ("no program", io::ErrorKind::NotFound.into()),
-        };
-        eprintln!("microvm: {name} cannot be run: {e}");
-        of_error(&e)
+        let e = exec(self.process, self.user);
+        let name = self.process.args.first().map_or("no program", String::as_str);
+        NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
     }
 
     fn enter(&self) -> io::Result<()> {
@@ -61,6 +65,8 @@ impl Chroot<'_> {
         rustix::system::sethostname(self.hostname.as_bytes())?;
         let sources = self.root.files.iter().map(|path| Ok((*path, File::open(self.root.source_of(path))?)));
         let sources = sources.collect::<io::Result<Vec<_>>>()?;
+        let volumes = self.volumes.iter().map(|volume| Ok((volume, open_volume(volume)?)));
+        let volumes = volumes.collect::<io::Result<Vec<_>>>()?;
         let root = self.root.path();
         if self.read_only {
             mount_bind(&root, &root)?;
@@ -73,32 +79,89 @@ impl Chroot<'_> {
         for (path, file) in &sources {
             mount_bind(format!("/proc/self/fd/{}", file.as_raw_fd()), *path)?;
         }
-        fs::create_dir_all(&self.process.cwd)?;
+        for (volume, source) in &volumes {
+            mount_volume(volume, source).map_err(|e| failed(volume, &e))?;
+        }
+        drop(make_place(&self.process.cwd, false)?);
         if self.read_only {
             mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
         }
         Ok(())
     }
+}
 
-    fn exec(&self, program: &str, arguments: &[String]) -> io::Error {
-        let mut command = Command::new(program);
-        command.args(arguments).env_clear().env("HOME", &self.user.home);
-        command.envs(self.process.env.iter().filter_map(|word| word.split_once('=')));
-        command.current_dir(&self.process.cwd);
-        let groups: Vec<_> = self.user.groups.iter().copied().map(Gid::from_raw).collect();
-        let (gid, uid) = (Gid::from_raw(self.user.gid), Uid::from_raw(self.user.uid));
-        let become_user = move || {
-            // As a container: nothing but the three streams is handed down.
-            close_at_exec()?;
-            set_thread_groups(&groups)?;
-            set_thread_res_gid(gid, gid, gid)?;
-            set_thread_res_uid(uid, uid, uid)?;
-            Ok(())
+/// Becomes the program of `process`, as this user. Returns only where that cannot be.
+pub fn exec(process: &ProcessSpec, user: &User) -> io::Error {
+    let Some((program, arguments)) = process.args.split_first() else {
+        return io::ErrorKind::NotFound.into();
+    };
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().env("HOME", &user.home);
+    command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
+    command.current_dir(&process.cwd);
+    let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    let (gid, uid) = (Gid::from_raw(user.gid), Uid::from_raw(user.uid));
+    let become_user = move || {
+        // As a container: nothing but the three streams is handed down.
+        close_at_exec()?;
+        set_thread_groups(&groups)?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)?;
+        Ok(())
+    };
+    // SAFETY: only system calls are made.
+    unsafe { command.pre_exec(become_user) };
+    command.exec()
+}
+
+fn open_volume(volume: &Placed) -> io::Result<OwnedFd> {
+    let opened = open(&volume.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|e| failed(volume, &e.into()))
+}
+
+fn mount_volume(volume: &Placed, source: &OwnedFd) -> io::Result<()> {
+    let place = make_place(&volume.target, volume.is_file)?;
+    let place_path = own_path(&place);
+    mount_bind(own_path(source), &place_path)?;
+    // What is mounted there now is another file than the one that is held.
+    let mounted = make_place(&volume.target, volume.is_file)?;
+    let read_only = if volume.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    Ok(mount_remount(own_path(&mounted), MountFlags::BIND | MountFlags::NODEV | read_only, c"")?)
+}
+
+fn own_path(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Opens a folder or a file of the container's, which is made where there is none. A link in the image leads to a place
+/// inside, also one that goes by way of /proc (RESOLVE_IN_ROOT in openat2(2)).
+fn make_place(path: &str, is_file: bool) -> io::Result<OwnedFd> {
+    let root = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let find = |way: &Path| {
+        openat2(&root, way, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
+    };
+    let (mut here, mut way) = (find(Path::new("."))?, PathBuf::from("."));
+    let mut names = Path::new(path).components().filter(|c| *c != Component::RootDir).peekable();
+    while let Some(name) = names.next() {
+        way.push(name);
+        here = match find(&way) {
+            Err(Errno::NOENT) if is_file && names.peek().is_none() => {
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+                drop(openat(&here, name.as_os_str(), flags, Mode::from_raw_mode(0o644))?);
+                find(&way)?
+            }
+            Err(Errno::NOENT) => {
+                mkdirat(&here, name.as_os_str(), Mode::from_raw_mode(0o755))?;
+                find(&way)?
+            }
+            found => found?,
         };
-        // SAFETY: only system calls are made.
-        unsafe { command.pre_exec(become_user) };
-        command.exec()
     }
+    Ok(here)
+}
+
+fn failed(volume: &Placed, e: &io::Error) -> io::Error {
+    io::Error::other(format!("the volume at {}: {e}", volume.target))
 }
 
 fn mount_surroundings(run: bool) -> io::Result<()> {

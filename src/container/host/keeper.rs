@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, wait, waitpid,
 };
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use crate::guest::status::{KILLED, NOT_STARTED};
 use crate::sys::fork::{fork, unshare};
@@ -30,16 +30,17 @@ pub struct Keeper {
 impl Keeper {
     /// Starts it in a new process name space. `program` is called in a process of its own, to become the program; it
     /// returns a status where it cannot. `clean_up` is called there, where `microvm` has gone.
-    /// `foreign` is a descriptor that it must not have.
+    /// `foreign` are descriptors that neither must have.
     ///
     /// # Errors
     /// No process or name space is left.
     pub fn start(
         program: impl FnOnce() -> u8,
         clean_up: impl FnOnce(),
-        foreign: Option<RawFd>,
+        foreign: Vec<RawFd>,
     ) -> io::Result<Self> {
         let (orders, control) = pipe_with(PipeFlags::CLOEXEC)?;
+        let own = File::open("/proc/self/ns/pid")?;
         unshare(UnshareFlags::NEWPID)?;
         let number = control.as_raw_fd();
         let pid = fork(move || {
@@ -48,6 +49,8 @@ impl Keeper {
             foreign.into_iter().for_each(close);
             keep(program, orders.into(), clean_up).unwrap_or(NOT_STARTED)
         })?;
+        // Else this process could have no threads (CLONE_THREAD in clone(2)).
+        move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
         let ended = pidfd_open(pid, PidfdFlags::empty())?;
         Ok(Self { pid, ended, control: Some(control.into()) })
     }
@@ -72,7 +75,8 @@ impl Keeper {
     }
 }
 
-fn code(status: WaitStatus) -> u8 {
+/// A process's exit status: 128 and the signal's number where one ended it.
+pub fn code(status: WaitStatus) -> u8 {
     let signal = status.terminating_signal().map(|signal| 128 + signal);
     status.exit_status().or(signal).map_or(NOT_STARTED, |code| code as u8)
 }

@@ -6,45 +6,58 @@
 
 mod cgroup;
 mod chroot;
+mod exec;
 mod isolation;
 mod keeper;
+mod network;
 mod oci;
+mod output;
+mod process;
 mod rootfs;
 mod runtime;
+mod seccomp;
+mod supervise;
 
-use std::fs;
+use std::error::Error;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{Uid, geteuid};
 use thiserror::Error;
 
+use crate::config::NetConfig;
+use crate::devices::virtio::net::PasstError;
+use crate::guest::status::NOT_STARTED;
 use crate::guest::users::User;
-use crate::guest::{ProcessSpec, hosts};
+use crate::guest::{NetworkSpec, ProcessSpec, hosts, resolv_conf};
 use crate::image::Lease;
 use crate::metrics::{Phase, Timeline};
+use crate::sys::daemon::Ready;
 use crate::sys::data::data_folder;
 use crate::sys::exec_watch::ExecWatch;
-use crate::sys::signals::{Sender, Signal, Signals};
 
+use super::log::LogWriter;
+use super::network::connect;
 use super::program::Program;
-use super::{ContainerError, Wanted};
+use super::volume::Placed;
+use super::{ContainerError, Wanted, storage};
 use chroot::Chroot;
 use keeper::Keeper;
+use network::HostNetwork;
 use oci::{Bind, Bundle};
+use output::Output;
 use rootfs::RootFs;
 use runtime::Runtime;
+use supervise::Supervisor;
 
 pub use cgroup::Cgroup;
+pub use exec::exec_on_host;
 pub use isolation::{Isolation, ParseIsolationError};
-
-/// As of `timeout`.
-const TIMED_OUT: u8 = 124;
+pub use process::HostProcess;
 
 /// A container cannot be made on the host.
 #[derive(Debug, Error)]
@@ -63,6 +76,9 @@ pub enum HostError {
     /// Control groups.
     #[error("a control group cannot be made")]
     Cgroup(#[source] io::Error),
+    /// A network.
+    #[error("a network name space cannot be had")]
+    Network(#[source] io::Error),
     /// Name spaces.
     #[error("name spaces of its own cannot be had")]
     Namespace(#[source] io::Error),
@@ -99,6 +115,12 @@ fn at(path: &Path) -> impl Fn(io::Error) -> HostError + '_ {
     move |source| HostError::Path { path: path.into(), source }
 }
 
+/// Why a program was not run, in its process.
+struct NotRun {
+    status: u8,
+    message: String,
+}
+
 /// What a container on the host is to be besides [`Wanted`].
 #[derive(Clone, Debug)]
 pub struct HostWishes {
@@ -114,17 +136,88 @@ pub struct HostWishes {
     pub cgroup_parent: Option<String>,
 }
 
-/// Runs a container on the host to its end, and returns its exit status. What it prints goes where this process's output
-/// goes.
-///
-/// # Errors
-/// It cannot be made: what failed, and what to do.
-pub fn run_on_host(wanted: &Wanted, wishes: &HostWishes, timeline: &Timeline) -> Result<u8, ContainerError> {
-    timeline.mark(Phase::Start);
-    let host = Host::new(wanted, wishes)?;
-    let status = host.run(wanted, wishes, timeline)?;
-    timeline.mark(Phase::End);
-    Ok(status)
+/// What a container has while it runs.
+pub struct Life {
+    /// Its process's number is put here.
+    pub lock: File,
+    /// What it prints goes here, unless it has a terminal.
+    pub log: LogWriter,
+    /// Who waits until the program runs; what it prints is shown where nobody does.
+    pub ready: Option<Ready>,
+}
+
+/// What there is of a container before anything of it is made.
+pub struct HostContainer {
+    /// Its program.
+    pub program: Program,
+    runtime: Option<Runtime>,
+    card: Option<NetConfig>,
+    network: Option<NetworkSpec>,
+}
+
+impl HostContainer {
+    /// Finds the image and what runs it.
+    ///
+    /// # Errors
+    /// Something is not there: what, and what to do.
+    pub fn of(wanted: &Wanted, isolation: Isolation) -> Result<Self, ContainerError> {
+        if !geteuid().is_root() {
+            return Err(HostError::NotRoot.into());
+        }
+        let is_container = isolation == Isolation::Container;
+        let runtime = is_container.then(Runtime::find).transpose()?;
+        let program = Program::of(wanted)?;
+        // A process is where this host is.
+        let network = is_container.then(|| connect(&wanted.network, !wanted.publish.is_empty()));
+        let (card, network) = network.unwrap_or_default();
+        Ok(Self { program, runtime, card, network })
+    }
+
+    /// Runs it to its end, and returns its exit status.
+    ///
+    /// # Errors
+    /// It cannot be made: what failed, and what to do.
+    pub fn run(
+        self,
+        wanted: &Wanted,
+        wishes: &HostWishes,
+        life: Life,
+        timeline: &Timeline,
+    ) -> Result<u8, ContainerError> {
+        timeline.mark(Phase::Start);
+        let host = self.make(wanted, wishes)?;
+        let status = host.run(wanted, wishes, life, timeline)?;
+        drop(host);
+        timeline.mark(Phase::End);
+        Ok(status)
+    }
+
+    fn make(self, wanted: &Wanted, wishes: &HostWishes) -> Result<Host, ContainerError> {
+        let Self { program, runtime, card, network } = self;
+        let Program { lease, layers, process, .. } = program;
+        let volumes = wanted.volumes.iter().enumerate();
+        let volumes = volumes.map(|(number, volume)| volume.place(number, &wanted.folder));
+        let mut volumes = volumes.collect::<Result<Vec<_>, _>>()?;
+        volumes.sort_by(|a, b| a.target.cmp(&b.target));
+        let cgroup = make_cgroup(wanted, wishes)?;
+        let work = data_folder().ok_or(ContainerError::NoPlace)?.join("mnt");
+        let names = match &runtime {
+            Some(_) => resolv_conf(network.as_ref()),
+            None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+        };
+        let files = [
+            ("/etc/hostname", format!("{}\n", wanted.hostname)),
+            ("/etc/hosts", hosts(&wanted.hostname, network.map(|network| network.address))),
+            ("/etc/resolv.conf", names),
+        ];
+        let storage = wanted.storage.then(|| wanted.folder.join(storage::FILE));
+        let root = RootFs::mount(&work, &layers, &files, storage.as_deref())?;
+        let user = root.user(&process.user)?;
+        volumes.iter().filter(|volume| volume.fill).try_for_each(|volume| root.fill(volume))?;
+        let network = card.map(|card| HostNetwork::make(&root.work, card, wanted.publish.clone()));
+        let network = network.transpose().map_err(HostError::Network)?;
+        Ok(Host { process, user, root, volumes, network, runtime, cgroup, _lease: lease })
+    }
 }
 
 /// What is there before the program is.
@@ -132,66 +225,116 @@ struct Host {
     process: ProcessSpec,
     user: User,
     root: RootFs,
+    /// Those that lie in others behind these.
+    volumes: Vec<Placed>,
+    network: Option<HostNetwork>,
     runtime: Option<Runtime>,
     cgroup: Option<Cgroup>,
     _lease: Lease,
 }
 
 impl Host {
-    fn new(wanted: &Wanted, wishes: &HostWishes) -> Result<Self, ContainerError> {
-        let is_container = wishes.isolation == Isolation::Container;
-        if !geteuid().is_root() {
-            return Err(HostError::NotRoot.into());
-        }
-        let runtime = is_container.then(Runtime::find).transpose()?;
-        let Program { lease, layers, process, .. } = Program::of(wanted)?;
-        let cgroup = make_cgroup(wanted, wishes)?;
-        let work = data_folder().ok_or(ContainerError::NoPlace)?.join("mnt");
-        let root = RootFs::mount(&work, &layers, &files(&wanted.hostname, is_container))?;
-        let user = root.user(&process.user)?;
-        Ok(Self { process, user, root, runtime, cgroup, _lease: lease })
-    }
-
-    fn run(&self, wanted: &Wanted, wishes: &HostWishes, timeline: &Timeline) -> Result<u8, HostError> {
-        let watch = timeline.is_on().then(|| ExecWatch::new(&self.root.path()));
+    fn run(
+        &self,
+        wanted: &Wanted,
+        wishes: &HostWishes,
+        life: Life,
+        timeline: &Timeline,
+    ) -> Result<u8, HostError> {
+        let Life { lock, log, ready } = life;
+        // Who waits for the program wants to know when it runs, too.
+        let watch = (timeline.is_on() || ready.is_some()).then(|| ExecWatch::new(&self.root.path()));
         let watch = watch.and_then(|watch| {
             watch.map_err(|e| log::warn!("the program's start cannot be seen (fanotify): {e}")).ok()
         });
-        let foreign = watch.as_ref().map(AsRawFd::as_raw_fd);
+        // A terminal is the program's as it is.
+        let output = (!self.process.terminal).then(Output::new).transpose().map_err(HostError::Watch)?;
+        let mut foreign: Vec<_> = output.iter().flat_map(Output::own_ends).collect();
+        foreign.extend(watch.as_ref().map(AsRawFd::as_raw_fd));
+        foreign.extend(ready.as_ref().map(AsRawFd::as_raw_fd));
         let clean_up = || self.cgroup.iter().for_each(Cgroup::remove);
         let keeper = match &self.runtime {
             Some(runtime) => {
                 self.write_config(wanted, wishes)?;
                 let program = || runtime.become_it(&wanted.name, &self.root.work, self.cgroup.is_some());
-                Keeper::start(|| self.with_input(program), clean_up, foreign)
+                Keeper::start(|| self.become_program(output.as_ref(), program), clean_up, foreign)
             }
             None => {
                 let chroot = self.chroot(wanted, wishes)?;
-                Keeper::start(|| self.with_input(|| chroot.become_it()), clean_up, foreign)
+                let program = || chroot.become_it();
+                Keeper::start(|| self.become_program(output.as_ref(), program), clean_up, foreign)
             }
         };
-        let status = supervise(keeper.map_err(HostError::Namespace)?, watch, wishes.timeout, timeline)?;
+        let keeper = keeper.map_err(HostError::Namespace)?;
+        let is_seen = self.is_of_image();
+        let supervisor = Supervisor { keeper, watch, is_seen, ready, timeout: wishes.timeout, timeline };
+        let status = supervisor.supervise(&lock, output, log)?;
         match self.runtime.as_ref().and_then(|_| runtime::failure(&self.root.work)) {
             Some((message, status)) => Err(HostError::Runtime { message, status }),
             None => Ok(status),
         }
     }
 
-    /// A program without input finds the end of it.
-    fn with_input(&self, program: impl FnOnce() -> u8) -> u8 {
-        if !self.process.input && !self.process.terminal {
-            let null = rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty());
-            if let Err(e) = null.and_then(rustix::stdio::dup2_stdin) {
-                eprintln!("microvm: /dev/null: {e}");
+    /// Whether the program is one of the image's, and not of a volume's, whose file system is not watched.
+    fn is_of_image(&self) -> bool {
+        let Some(program) = self.process.args.first() else { return false };
+        let path = self.process.env.iter().find_map(|word| word.strip_prefix("PATH=")).unwrap_or_default();
+        let candidates: Vec<_> = if program.contains('/') {
+            vec![Path::new(&self.process.cwd).join(program)]
+        } else {
+            path.split(':').map(|folder| Path::new(folder).join(program)).collect()
+        };
+        let is_covered = |path: &Path| self.volumes.iter().any(|volume| path.starts_with(&volume.target));
+        for candidate in candidates {
+            if is_covered(&candidate) {
+                return false;
+            }
+            if let Some(real) = self.root.real_path(&candidate) {
+                return !is_covered(&real);
             }
         }
-        program()
+        // There is none, as far as can be seen from here: its end says so.
+        self.volumes.is_empty()
+    }
+
+    /// In the program's process: what it needs besides files, and then `program`, which returns only where it is not run.
+    fn become_program(&self, output: Option<&Output>, program: impl FnOnce() -> NotRun) -> u8 {
+        let errors = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stderr(), 3);
+        if let Some(Err(e)) = self.network.as_ref().map(HostNetwork::connect) {
+            eprintln!("microvm: {}", of_network(&e));
+            return NOT_STARTED;
+        }
+        if let Err(e) = self.put_streams(output) {
+            eprintln!("microvm: the program's streams: {e}");
+            return NOT_STARTED;
+        }
+        let NotRun { status, message } = program();
+        // It is not the program that says so.
+        let _ = errors.and_then(rustix::stdio::dup2_stderr);
+        eprintln!("microvm: {message}");
+        status
+    }
+
+    fn put_streams(&self, output: Option<&Output>) -> io::Result<()> {
+        put_input(&self.process)?;
+        let Some(output) = output else { return Ok(()) };
+        output.put()?;
+        // Programs open /dev/stdout again by its name, which is for the owner of the pipe alone.
+        let user = Some(Uid::from_raw(self.user.uid));
+        rustix::fs::fchown(rustix::stdio::stdout(), user, None)?;
+        Ok(rustix::fs::fchown(rustix::stdio::stderr(), user, None)?)
     }
 
     fn write_config(&self, wanted: &Wanted, wishes: &HostWishes) -> Result<(), HostError> {
-        let bind = |path: &&str| Bind {
+        let file = |path: &&str| Bind {
             source: self.root.source_of(path).display().to_string(),
             target: path.to_string(),
+            options: &[],
+        };
+        let volume = |volume: &Placed| Bind {
+            source: volume.source.display().to_string(),
+            target: volume.target.clone(),
+            options: if volume.read_only { &["nodev", "ro"] } else { &["nodev"] },
         };
         let bundle = Bundle {
             process: &self.process,
@@ -199,11 +342,13 @@ impl Host {
             hostname: &wanted.hostname,
             root: self.root.path().display().to_string(),
             read_only: wanted.read_only,
-            binds: self.root.files.iter().map(bind).collect(),
+            binds: self.root.files.iter().map(file).chain(self.volumes.iter().map(volume)).collect(),
+            network: self.network.as_ref().map(|network| network.path.display().to_string()),
             run: self.root.is_empty("run"),
             cgroup: self.cgroup.as_ref().map(|group| format!("{}/container", group.name())),
             memory: wishes.memory,
             cpus: wishes.cpus,
+            seccomp: seccomp::installed(&oci::CAPABILITIES).map(|(_, profile)| profile),
         };
         let path = self.root.work.join("config.json");
         fs::write(&path, bundle.to_config().to_string()).map_err(at(&path))
@@ -221,9 +366,30 @@ impl Host {
             hostname: &wanted.hostname,
             read_only: wanted.read_only,
             run: self.root.is_empty("run"),
+            volumes: &self.volumes,
             entrance: self.cgroup.as_ref().map(enter).transpose().map_err(HostError::Cgroup)?,
         })
     }
+}
+
+/// A program without input finds the end of it.
+fn put_input(process: &ProcessSpec) -> io::Result<()> {
+    if !process.input && !process.terminal {
+        rustix::stdio::dup2_stdin(rustix::fs::open("/dev/null", OFlags::RDONLY, Mode::empty())?)?;
+    }
+    Ok(())
+}
+
+/// Where the seccomp profile is that a container is given; none is where nobody has installed one.
+#[must_use]
+pub fn seccomp_profile() -> Option<&'static str> {
+    seccomp::installed(&oci::CAPABILITIES).map(|(path, _)| path)
+}
+
+/// With its reason, on one line.
+fn of_network(error: &PasstError) -> String {
+    let source = error.source().map(|source| format!(": {source}"));
+    format!("{error}{}", source.unwrap_or_default())
 }
 
 /// A container has one wherever there can be one, a process where it is needed.
@@ -238,79 +404,4 @@ fn make_cgroup(wanted: &Wanted, wishes: &HostWishes) -> Result<Option<Cgroup>, H
         }
         _ => Ok(None),
     }
-}
-
-/// What says who and where the container is. A process is where this host is.
-fn files(hostname: &str, is_container: bool) -> Vec<(&'static str, String)> {
-    let names = if is_container { String::new() } else { host_file("/etc/resolv.conf") };
-    vec![
-        ("/etc/hostname", format!("{hostname}\n")),
-        ("/etc/hosts", hosts(hostname, None)),
-        ("/etc/resolv.conf", names),
-    ]
-}
-
-fn host_file(path: &str) -> String {
-    fs::read_to_string(path).unwrap_or_default()
-}
-
-/// Waits until the program has ended, and returns its status.
-fn supervise(
-    mut keeper: Keeper,
-    mut watch: Option<ExecWatch>,
-    timeout: Option<Duration>,
-    timeline: &Timeline,
-) -> Result<u8, HostError> {
-    let mut signals = Signals::new().map_err(HostError::Watch)?;
-    let mut deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-    let mut timed_out = false;
-    loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        if left == Some(Duration::ZERO) {
-            (timed_out, deadline) = (true, None);
-            keeper.kill();
-            continue;
-        }
-        let ready = wait_for(&keeper, &signals, watch.as_ref(), left).map_err(HostError::Watch)?;
-        if let Some(held) = watch.as_mut().filter(|_| ready[2])
-            && held.take(|| timeline.mark(Phase::WorkloadStart)).map_err(HostError::Watch)?
-        {
-            watch = None;
-        }
-        while let Some((signal, from)) = signals.take_with_sender() {
-            match signal {
-                // The terminal has sent it to the program, too.
-                Signal::End(number) if from == Sender::Process => keeper.signal(number),
-                _ => {}
-            }
-        }
-        if ready[0] {
-            break;
-        }
-    }
-    timeline.mark(Phase::WorkloadEnd);
-    let status = keeper.wait().map_err(HostError::Watch)?;
-    Ok(if timed_out { TIMED_OUT } else { status })
-}
-
-/// Which of the three are ready.
-fn wait_for(
-    keeper: &Keeper,
-    signals: &Signals,
-    watch: Option<&ExecWatch>,
-    left: Option<Duration>,
-) -> io::Result<[bool; 3]> {
-    let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
-    let mut polled = vec![
-        PollFd::new(&keeper.ended, PollFlags::IN),
-        PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
-    ];
-    polled.extend(watch.map(|watch| PollFd::from_borrowed_fd(watch.as_fd(), PollFlags::IN)));
-    match poll(&mut polled, left.as_ref()) {
-        Ok(_) => {}
-        Err(Errno::INTR) => return Ok([false; 3]),
-        Err(e) => return Err(e.into()),
-    }
-    let is_ready = |index: usize| polled.get(index).is_some_and(|polled| !polled.revents().is_empty());
-    Ok([is_ready(0), is_ready(1), is_ready(2)])
 }

@@ -1,4 +1,4 @@
-//! The runtime's `config.json` (OCI runtime specification 1.0): a container as Docker makes it, without a network.
+//! The runtime's `config.json` (OCI runtime specification 1.0): a container as Docker makes it.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use crate::guest::ProcessSpec;
 use crate::guest::users::User;
 
 /// What Docker leaves to root in a container.
-const CAPABILITIES: [&str; 14] = [
+pub const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -50,6 +50,8 @@ pub struct Bind {
     pub source: String,
     /// In the container.
     pub target: String,
+    /// How it is mounted besides (mount(8)).
+    pub options: &'static [&'static str],
 }
 
 /// What a container is to be.
@@ -64,8 +66,10 @@ pub struct Bundle<'a> {
     pub root: String,
     /// Nothing can be written to the root file system.
     pub read_only: bool,
-    /// Files of the host's in it.
+    /// Files and folders of the host's in it, in this order.
     pub binds: Vec<Bind>,
+    /// Where its network name space is; one without a network where there is none.
+    pub network: Option<String>,
     /// `/run` is a tmpfs: the image has nothing there.
     pub run: bool,
     /// Its control group, from the root of the hierarchy; none where the host has no cgroup 2.
@@ -74,6 +78,8 @@ pub struct Bundle<'a> {
     pub memory: Option<u64>,
     /// Most processors.
     pub cpus: Option<u32>,
+    /// The system calls that it may make (`linux.seccomp`).
+    pub seccomp: Option<Value>,
 }
 
 impl Bundle<'_> {
@@ -84,37 +90,10 @@ impl Bundle<'_> {
             "ociVersion": "1.0.2",
             "root": { "path": self.root, "readonly": self.read_only },
             "hostname": self.hostname,
-            "process": self.process(),
+            "process": process(self.process, self.user),
             "mounts": self.mounts(),
             "linux": self.linux(),
         })
-    }
-
-    fn process(&self) -> Value {
-        let mut env = vec![format!("HOME={}", self.user.home)];
-        // The image may say another one.
-        self.process.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
-        let mut process = json!({
-            "terminal": self.process.terminal,
-            "args": self.process.args,
-            "env": env,
-            "cwd": self.process.cwd,
-            "user": {
-                "uid": self.user.uid,
-                "gid": self.user.gid,
-                "additionalGids": self.user.groups,
-            },
-            "capabilities": {
-                "bounding": CAPABILITIES,
-                "effective": CAPABILITIES,
-                "permitted": CAPABILITIES,
-            },
-            "noNewPrivileges": false,
-        });
-        if let Some(size) = self.process.size {
-            process["consoleSize"] = json!({ "height": size.rows, "width": size.columns });
-        }
-        process
     }
 
     fn mounts(&self) -> Vec<Value> {
@@ -137,8 +116,9 @@ impl Bundle<'_> {
             mounts.push(mount("tmpfs", "/run", "nosuid,nodev,mode=755"));
         }
         let bind = |bind: &Bind| {
+            let options = [&["bind", "rprivate"], bind.options].concat();
             json!({ "type": "bind", "source": bind.source, "destination": bind.target,
-                    "options": ["bind", "rprivate"] })
+                    "options": options })
         };
         mounts.extend(self.binds.iter().map(bind));
         mounts
@@ -159,9 +139,45 @@ impl Bundle<'_> {
             }
             linux["resources"] = resources;
         }
-        linux["namespaces"] = namespaces.iter().map(|kind| json!({ "type": kind })).collect();
+        let namespace = |kind: &&str| match (*kind, &self.network) {
+            ("network", Some(path)) => json!({ "type": kind, "path": path }),
+            _ => json!({ "type": kind }),
+        };
+        if let Some(seccomp) = &self.seccomp {
+            linux["seccomp"] = seccomp.clone();
+        }
+        linux["namespaces"] = namespaces.iter().map(namespace).collect();
         linux
     }
+}
+
+/// A program as the runtime takes it, in `config.json` or alone.
+#[must_use]
+pub fn process(spec: &ProcessSpec, user: &User) -> Value {
+    let mut env = vec![format!("HOME={}", user.home)];
+    // The image may say another one.
+    spec.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
+    let mut process = json!({
+        "terminal": spec.terminal,
+        "args": spec.args,
+        "env": env,
+        "cwd": spec.cwd,
+        "user": {
+            "uid": user.uid,
+            "gid": user.gid,
+            "additionalGids": user.groups,
+        },
+        "capabilities": {
+            "bounding": CAPABILITIES,
+            "effective": CAPABILITIES,
+            "permitted": CAPABILITIES,
+        },
+        "noNewPrivileges": false,
+    });
+    if let Some(size) = spec.size {
+        process["consoleSize"] = json!({ "height": size.rows, "width": size.columns });
+    }
+    process
 }
 
 #[cfg(test)]
@@ -179,11 +195,13 @@ mod tests {
             hostname: "box",
             root: "/work/root".into(),
             read_only: false,
-            binds: vec![Bind { source: "/work/hosts".into(), target: "/etc/hosts".into() }],
+            binds: vec![Bind { source: "/work/hosts".into(), target: "/etc/hosts".into(), options: &[] }],
+            network: None,
             run: true,
             cgroup: Some("/microvm/x".into()),
             memory: None,
             cpus: None,
+            seccomp: None,
         };
         let mut changed = process.clone();
         change(&mut bundle, &mut changed);
@@ -226,8 +244,30 @@ mod tests {
         let own = config(|bundle, _| bundle.run = false);
         assert!(has(&own, "/proc") && has(&own, "/etc/hosts") && !has(&own, "/run"));
         assert!(has(&config(|_, _| ()), "/run"));
+        let volume = || Bind { source: "/src".into(), target: "/data".into(), options: &["nodev", "ro"] };
+        let with_volume = config(|bundle, _| bundle.binds.push(volume()));
+        let last = with_volume["mounts"].as_array().unwrap().last().unwrap();
+        assert_eq!(last["options"], json!(["bind", "rprivate", "nodev", "ro"]));
         let read_only = config(|bundle, _| bundle.read_only = true);
         assert_eq!(read_only["root"], json!({ "path": "/work/root", "readonly": true }));
+    }
+
+    #[test]
+    fn a_network_is_a_name_space_that_is_there() {
+        let has = |config: &Value, expected: Value| {
+            config["linux"]["namespaces"].as_array().unwrap().contains(&expected)
+        };
+        assert!(has(&config(|_, _| ()), json!({ "type": "network" })));
+        let connected = config(|bundle, _| bundle.network = Some("/work/network".into()));
+        assert!(has(&connected, json!({ "type": "network", "path": "/work/network" })));
+    }
+
+    #[test]
+    fn a_profile_is_passed_on() {
+        assert!(config(|_, _| ())["linux"]["seccomp"].is_null());
+        let profile = json!({ "defaultAction": "SCMP_ACT_ERRNO" });
+        let config = config(|bundle, _| bundle.seccomp = Some(profile.clone()));
+        assert_eq!(config["linux"]["seccomp"], profile);
     }
 
     #[test]

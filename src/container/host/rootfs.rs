@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
@@ -12,14 +12,18 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
+use crate::guest::copy::copy_contents;
 use crate::guest::users::{self, User};
 use crate::sys::fork::unshare;
 use crate::sys::loop_device;
 
+use super::super::volume::Placed;
 use super::{HostError, at};
 
 /// What is mounted over, and may be missing in an image. A guest's lowest layer has the same.
 const FOLDERS: [&str; 5] = ["proc", "sys", "dev", "run", "etc"];
+/// Where what is written goes, in the current folder.
+const WRITABLE: &str = "w";
 /// Longer databases of users are nobody's.
 const MAX_DATABASE: u64 = 16 << 20;
 
@@ -32,8 +36,8 @@ pub struct RootFs {
 }
 
 impl RootFs {
-    /// Enters a mount name space and stacks `layers`, the lowest first, under a writable tmpfs. `work` is a folder that
-    /// is covered meanwhile. Each of `files` is a path below `/etc` and its text.
+    /// Enters a mount name space and stacks `layers`, the lowest first, under a writable tmpfs, or what is in the file
+    /// `storage`. `work` is a folder that is covered meanwhile. Each of `files` is a path below `/etc` and its text.
     ///
     /// # Errors
     /// Something cannot be mounted: what, and why.
@@ -41,6 +45,7 @@ impl RootFs {
         work: &Path,
         layers: &[PathBuf],
         files: &[(&'static str, String)],
+        storage: Option<&Path>,
     ) -> Result<Self, HostError> {
         fs::create_dir_all(work).map_err(at(work))?;
         unshare(UnshareFlags::NEWNS).map_err(HostError::Namespace)?;
@@ -53,6 +58,8 @@ impl RootFs {
         for (index, layer) in layers.iter().enumerate() {
             mount_layer(layer, Path::new(&index.to_string())).map_err(at(layer))?;
         }
+        fs::create_dir(WRITABLE).map_err(at(work))?;
+        storage.map_or(Ok(()), |file| mount_storage(file).map_err(at(file)))?;
         let top = layers.len().saturating_sub(1).to_string();
         stack(layers.len(), Path::new(&top)).map_err(HostError::Overlay)?;
         std::env::set_current_dir("/").map_err(at(Path::new("/")))?;
@@ -100,6 +107,23 @@ impl RootFs {
         Ok(openat2(root.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
     }
 
+    /// Copies what the container has at a new volume's place into it. What is no folder there is not looked at.
+    ///
+    /// # Errors
+    /// A file cannot be copied.
+    pub fn fill(&self, volume: &Placed) -> Result<(), HostError> {
+        let Ok(from) = self.open(&volume.target, OFlags::RDONLY | OFlags::DIRECTORY) else { return Ok(()) };
+        let copy = || copy_contents(from.as_fd(), File::open(&volume.source)?.as_fd());
+        copy().map_err(at(&volume.source))
+    }
+
+    /// The path in the container, without links, of what it has at `path`.
+    pub fn real_path(&self, path: &Path) -> Option<PathBuf> {
+        let opened = self.open(path.to_str()?, OFlags::PATH).ok()?;
+        let real = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).ok()?;
+        Some(Path::new("/").join(real.strip_prefix(self.path()).ok()?))
+    }
+
     /// Whether the container has anything in this folder.
     pub fn is_empty(&self, folder: &str) -> bool {
         let open = self.open(folder, OFlags::RDONLY | OFlags::DIRECTORY);
@@ -137,11 +161,18 @@ fn mount_layer(layer: &Path, target: &Path) -> io::Result<()> {
     fs::create_dir(target)?;
     match mount(layer, target, "erofs", MountFlags::RDONLY, None) {
         Err(Errno::NOTBLK) => {
-            let (device, _open) = loop_device::attach(&File::open(layer)?)?;
+            let (device, _open) = loop_device::attach(&File::open(layer)?, true)?;
             Ok(mount(&device, target, "erofs", MountFlags::RDONLY, None)?)
         }
         result => Ok(result?),
     }
+}
+
+/// Mounts a file with an ext4 file system for what is written.
+fn mount_storage(file: &Path) -> io::Result<()> {
+    let file = File::options().read(true).write(true).open(file)?;
+    let (device, _open) = loop_device::attach(&file, false)?;
+    Ok(mount(&device, WRITABLE, "ext4", MountFlags::NOATIME, None)?)
 }
 
 /// Stacks layers `0` to `count - 1` of the current folder at `root`.
@@ -149,14 +180,15 @@ fn stack(count: usize, top: &Path) -> io::Result<()> {
     for folder in FOLDERS {
         fs::create_dir_all(Path::new("s").join(folder))?;
     }
-    for folder in ["root", "work", "upper"] {
-        fs::create_dir(folder)?;
-    }
+    fs::create_dir("root")?;
+    let [upper, work] = ["upper", "work"].map(|folder| Path::new(WRITABLE).join(folder));
+    fs::create_dir(&upper)?;
+    fs::create_dir(&work)?;
     // It becomes the root folder, so it looks like the uppermost layer's.
     let like = fs::metadata(top)?;
-    fs::set_permissions("upper", Permissions::from_mode(like.mode() & 0o7777))?;
-    chown("upper", Some(like.uid()), Some(like.gid()))?;
+    fs::set_permissions(&upper, Permissions::from_mode(like.mode() & 0o7777))?;
+    chown(&upper, Some(like.uid()), Some(like.gid()))?;
     let lower: Vec<_> = (0..count).rev().map(|index| index.to_string()).collect();
-    let options = format!("lowerdir={}:s,upperdir=upper,workdir=work", lower.join(":"));
+    let options = format!("lowerdir={}:s,upperdir={WRITABLE}/upper,workdir={WRITABLE}/work", lower.join(":"));
     Ok(mount("overlay", "root", "overlay", MountFlags::empty(), Some(CString::new(options)?.as_c_str()))?)
 }

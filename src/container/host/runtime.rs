@@ -3,6 +3,7 @@
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +15,7 @@ use serde_json::Value;
 use crate::guest::status::{NOT_ALLOWED, NOT_FOUND, NOT_STARTED};
 use crate::sys::fork::unshare;
 
-use super::HostError;
+use super::{HostError, NotRun};
 
 /// In this order.
 const NAMES: [&str; 2] = ["crun", "runc"];
@@ -32,24 +33,37 @@ impl Runtime {
     }
 
     /// Becomes the runtime, which runs the container `id` of the bundle in `work`. Returns only where it cannot.
-    pub fn become_it(&self, id: &str, work: &Path, with_cgroups: bool) -> u8 {
+    pub fn become_it(&self, id: &str, work: &Path, with_cgroups: bool) -> NotRun {
         // It has to find its own processes in /proc, by their numbers in this name space.
         let nothing = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let proc =
             unshare(UnshareFlags::NEWNS).and_then(|()| Ok(mount("proc", "/proc", "proc", nothing, None)?));
         if let Err(e) = proc {
-            eprintln!("microvm: /proc cannot be mounted: {e}");
-            return NOT_STARTED;
+            return NotRun { status: NOT_STARTED, message: format!("/proc cannot be mounted: {e}") };
         }
-        let mut command = Command::new(&self.0);
-        command.arg("--root").arg(work.join("runtime")).arg("--log").arg(log(work));
-        command.args(["--log-format", "json"]);
+        let mut command = self.command(work, work);
         if !with_cgroups && self.0.ends_with(NAMES[0]) {
             command.arg("--cgroup-manager=disabled");
         }
-        let e = command.args(["run", "--bundle"]).arg(work).arg(id).exec();
-        eprintln!("microvm: {} cannot be run: {e}", self.0.display());
-        NOT_STARTED
+        self.not_run(&command.args(["run", "--bundle"]).arg(work).arg(id).exec())
+    }
+
+    /// Becomes the runtime, which runs the program of `process.json` in `bundle` in the container `id`. Its log is there, too.
+    pub fn become_exec(&self, id: &str, work: &Path, bundle: &Path) -> NotRun {
+        let mut command = self.command(work, bundle);
+        self.not_run(&command.args(["exec", "--process"]).arg(bundle.join("process.json")).arg(id).exec())
+    }
+
+    /// What it is told in any case: where it keeps what it knows, and where it says what fails.
+    fn command(&self, work: &Path, bundle: &Path) -> Command {
+        let mut command = Command::new(&self.0);
+        command.arg("--root").arg(work.join("runtime")).arg("--log").arg(log(bundle));
+        command.args(["--log-format", "json"]);
+        command
+    }
+
+    fn not_run(&self, e: &io::Error) -> NotRun {
+        NotRun { status: NOT_STARTED, message: format!("{} cannot be run: {e}", self.0.display()) }
     }
 }
 

@@ -14,6 +14,7 @@ mod tap;
 #[cfg(test)]
 pub(super) mod tests;
 mod tx;
+mod user_mode;
 mod vhost;
 mod worker;
 
@@ -32,8 +33,9 @@ use super::{
 };
 
 pub use backend::Backend;
-pub use passt::{Passt, PasstError, guest_name_servers, user_mode_lacks};
+pub use passt::Passt;
 pub use tap::{Tap, TapError};
+pub use user_mode::{PasstError, guest_name_servers, start_pasta, user_mode_lacks};
 pub use vhost::{Kernels, VhostError, VhostNet, VhostParts};
 
 use backend::is_gone;

@@ -1,12 +1,14 @@
-//! The folder that is shared: opened, checked, and how its files are opened.
+//! The folder or file that is shared: opened, checked, and how its files are opened.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, accessat, fstatfs, open, openat};
+use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, accessat, fstat, fstatfs, open, openat};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -46,9 +48,9 @@ pub enum ShareError {
         #[source]
         source: io::Error,
     },
-    /// A file, a device.
-    #[error("--share {0} is not a folder: share the folder that it is in")]
-    NotAFolder(PathBuf),
+    /// A device, a pipe, a socket.
+    #[error("--share {0} is neither a folder nor a file: share one of these")]
+    NeitherFolderNorFile(PathBuf),
     /// Its files are the kernel's.
     #[error("--share {0} is a folder of the host's kernel, by whose files it is controlled: share another")]
     OfTheKernel(PathBuf),
@@ -74,40 +76,51 @@ pub enum ShareError {
 
 /// The shared folder.
 pub struct SharedFolder {
-    /// It can do nothing but name the folder.
+    /// It can do nothing but name the folder, or the file.
     root: Arc<OwnedFd>,
+    /// The file's name, where it is one.
+    pub file: Option<CString>,
     descriptors: OwnedFd,
     /// Nothing in it can be changed by the guest.
     pub readonly: bool,
 }
 
 impl SharedFolder {
-    /// Opens the folder of `config`. Links in the path are followed: its user chose it.
+    /// Opens the folder or file of `config`. Links in the path are followed: its user chose it.
     ///
     /// # Errors
-    /// It is none, or not for us.
+    /// It is neither, or not for us.
     pub fn open(config: &ShareConfig) -> Result<Self, ShareError> {
         let path = || config.path.clone();
-        let root = open(&config.path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        let root = root.map_err(|e| match e {
-            Errno::NOTDIR if config.path.exists() => ShareError::NotAFolder(path()),
-            e => ShareError::Open { path: path(), source: e.into() },
-        })?;
-        let kind = fstatfs(&root).map_err(|e| ShareError::Open { path: path(), source: e.into() })?.f_type;
-        if OF_THE_KERNEL.iter().any(|magic| i64::from(*magic) == kind) {
+        let failed = |e: Errno| ShareError::Open { path: path(), source: e.into() };
+        // Without a wait for somebody at a pipe's other end.
+        let root = open(&config.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let kind = FileType::from_raw_mode(fstat(&root).map_err(failed)?.st_mode);
+        let file = match kind {
+            FileType::Directory => None,
+            FileType::RegularFile => {
+                let name = config.path.file_name().and_then(|name| CString::new(name.as_bytes()).ok());
+                Some(name.ok_or_else(|| ShareError::NeitherFolderNorFile(path()))?)
+            }
+            _ => return Err(ShareError::NeitherFolderNorFile(path())),
+        };
+        let system = fstatfs(&root).map_err(failed)?.f_type;
+        if OF_THE_KERNEL.iter().any(|magic| i64::from(*magic) == system) {
             return Err(ShareError::OfTheKernel(path()));
         }
-        let may = |access| accessat(&root, ".", access, AtFlags::EACCESS).is_ok();
-        if !may(Access::READ_OK | Access::EXEC_OK) {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let descriptors = open(Path::new(DESCRIPTORS), flags, Mode::empty());
+        let descriptors = descriptors.map_err(|e| ShareError::NoProc(e.into()))?;
+        let own = root.as_raw_fd().to_string();
+        let may = |access| accessat(&descriptors, &*own, access, AtFlags::EACCESS).is_ok();
+        let look = if file.is_none() { Access::EXEC_OK } else { Access::empty() };
+        if !may(Access::READ_OK | look) {
             return Err(ShareError::NotReadable(path()));
         }
         if !config.readonly && !may(Access::WRITE_OK) {
             return Err(ShareError::NotWritable(path()));
         }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let descriptors = open(Path::new(DESCRIPTORS), flags, Mode::empty());
-        let descriptors = descriptors.map_err(|e| ShareError::NoProc(e.into()))?;
-        Ok(Self { root: Arc::new(root), descriptors, readonly: config.readonly })
+        Ok(Self { root: Arc::new(root), file, descriptors, readonly: config.readonly })
     }
 
     /// The descriptor that names it, for the rules about it.
@@ -121,6 +134,11 @@ impl SharedFolder {
     /// None is left.
     pub fn root(&self) -> io::Result<OwnedFd> {
         self.root.try_clone()
+    }
+
+    /// The same from the descriptor's own name, for who may not copy one.
+    pub fn again(&self) -> Result<OwnedFd, Errno> {
+        openat(&self.descriptors, self.name(&*self.root), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
     }
 
     /// Names the descriptors that stay open when the VM confines itself.

@@ -17,12 +17,12 @@ const BATCH: usize = 32 << 10;
 const MAX_ANSWER: usize = 128 << 10;
 
 /// An entry of a folder.
-struct Found<'a> {
-    number: u64,
+pub(super) struct Found<'a> {
+    pub number: u64,
     /// Where the next one begins.
-    next: u64,
-    kind: u32,
-    name: &'a CStr,
+    pub next: u64,
+    pub kind: u32,
+    pub name: &'a CStr,
 }
 
 impl Session {
@@ -98,7 +98,7 @@ fn entry_len(name: &CStr) -> usize {
 }
 
 /// `fuse_dirent`. The number of what is above the shared folder is not the guest's business.
-fn entry(reply: Reply, found: &Found<'_>) -> Reply {
+pub(super) fn entry(reply: Reply, found: &Found<'_>) -> Reply {
     let (name, len) = (found.name.to_bytes(), found.name.count_bytes());
     let number = if name == b".." { wire::ROOT } else { found.number };
     let reply = reply.u64(number).u64(found.next).u32(len as u32).u32(found.kind);

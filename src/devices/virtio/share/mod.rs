@@ -18,6 +18,7 @@ mod names;
 mod serve;
 mod server;
 mod session;
+mod single;
 #[cfg(test)]
 pub(super) mod tests;
 mod wire;

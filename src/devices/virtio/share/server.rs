@@ -100,7 +100,11 @@ impl Server {
         let folder = &self.session.folder;
         folder.keep(kept);
         self.session.inodes.keep(kept);
-        vec![Folder::Shared { folder: folder.descriptor(), readonly: folder.readonly }]
+        let (descriptor, readonly) = (folder.descriptor(), folder.readonly);
+        vec![match folder.file {
+            Some(_) => Folder::SharedFile { file: descriptor, readonly },
+            None => Folder::Shared { folder: descriptor, readonly },
+        }]
     }
 
     /// Starts them. They end when what this returns is dropped.

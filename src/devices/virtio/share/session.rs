@@ -94,6 +94,9 @@ impl Session {
     pub(super) fn answer(&self, header: Header, args: &[u8], room: usize) -> Result<Reply, Errno> {
         self.check(header.opcode)?;
         let (node, args) = (header.node, &mut Args::new(args));
+        if let Some(file) = self.folder.file.as_ref().filter(|_| is_of_root(&header)) {
+            return self.answer_of_root(file, header.opcode, args, room);
+        }
         match header.opcode {
             op::INIT => self.init(args),
             op::DESTROY => {
@@ -202,6 +205,11 @@ impl Session {
             reply.u32(self.ids.user.to_guest(stat.stx_uid)).u32(self.ids.group.to_guest(stat.stx_gid));
         reply.u32(device(stat)).u32(PAGE).u32(0)
     }
+}
+
+/// Whether a request is one about the root. INIT and DESTROY are about the whole.
+fn is_of_root(header: &Header) -> bool {
+    header.node == wire::ROOT && !matches!(header.opcode, op::INIT | op::DESTROY)
 }
 
 /// What a device's node stands for, as Linux packs it (`new_encode_dev`). No device is ever opened here.

@@ -79,7 +79,12 @@ fn init_args(major: u32, minor: u32) -> Vec<u8> {
 }
 
 fn rig_with(dir: TempDir, options: &str, limits: Limits) -> Rig {
-    let mut text = dir.path().as_os_str().to_owned();
+    rig_of(dir, "", options, limits)
+}
+
+/// Of what has that name in `dir`.
+fn rig_of(dir: TempDir, shared: &str, options: &str, limits: Limits) -> Rig {
+    let mut text = dir.path().join(shared).into_os_string();
     text.push(",tag=test");
     text.push(options);
     let config = ShareConfig::parse(&text).unwrap();
@@ -908,13 +913,80 @@ fn folders_that_cannot_be_shared_are_named() {
     fs::write(dir.path().join("file"), "").unwrap();
     assert!(matches!(open(&dir.path().join("none"), false), Err(ShareError::Open { .. })));
     assert!(matches!(open(&dir.path().join("file/x"), false), Err(ShareError::Open { .. })));
-    assert!(matches!(open(&dir.path().join("file"), false), Err(ShareError::NotAFolder(_))));
+    assert!(matches!(open(Path::new("/dev/null"), false), Err(ShareError::NeitherFolderNorFile(_))));
     for path in ["/proc", "/proc/self/task", "/sys/kernel"] {
         assert!(matches!(open(Path::new(path), true), Err(ShareError::OfTheKernel(_))), "{path}");
     }
     open(dir.path(), true).unwrap();
     symlink(dir.path(), dir.path().join("link")).unwrap();
     open(&dir.path().join("link"), false).unwrap();
+}
+
+fn file_among_others() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "host").unwrap();
+    fs::write(dir.path().join("secret"), "secret").unwrap();
+    dir
+}
+
+#[test]
+fn a_file_is_shared_without_those_beside_it() {
+    let mut rig = rig_of(file_among_others(), "file", ",uid=7,gid=8", MANY);
+    let root = Entry::of_attributes(&rig.good(op::GETATTR, ROOT, &[0; 16])[16..]);
+    assert_eq!((root.mode, root.owner), (0o040_555, (7, 8)));
+    assert_eq!(rig.list(ROOT), [(".".into(), 4), ("..".into(), 4), ("file".into(), 8)]);
+    let all = [&u64s(&[0, 0])[..], &u32s(&[ROOMY, 0]), &u64s(&[0, 0])].concat();
+    assert_eq!(rig.good(op::READDIRPLUS, ROOT, &all).len(), 3 * (ENTRY_OUT + 32));
+    let file = rig.lookup(ROOT, "file");
+    assert_eq!((file.size, file.mode & 0o170_000, file.owner), (4, 0o100_000, (7, 8)));
+    for other in ["secret", "none", "fil", "file2"] {
+        assert_eq!(rig.error(op::LOOKUP, ROOT, &name(other)), libc::ENOENT, "{other}");
+        assert_eq!(rig.error(op::LOOKUP, file.node, &name(other)), libc::ENOTDIR, "{other}");
+    }
+    let handle = rig.open(file.node, libc::O_RDWR);
+    assert_eq!(rig.read(handle, 0, 10), b"host");
+    assert_eq!(rig.write(handle, 0, b"guest"), 5);
+    assert_eq!(fs::read(rig.path("file")).unwrap(), b"guest");
+    // What an editor does on the host is not followed, as with a bind mount.
+    fs::write(rig.path("new"), "another").unwrap();
+    fs::rename(rig.path("new"), rig.path("file")).unwrap();
+    assert_eq!(rig.read(handle, 0, 10), b"guest");
+    assert_eq!(rig.lookup(ROOT, "file").node, file.node);
+}
+
+#[test]
+fn nothing_is_made_or_removed_beside_a_shared_file() {
+    for (options, refused) in [("", libc::EPERM), (",readonly", libc::EROFS)] {
+        let mut rig = rig_of(file_among_others(), "file", options, MANY);
+        let file = rig.lookup(ROOT, "file").node;
+        let rename = |to: u64| [u64s(&[to]), name("file"), name("b")].concat();
+        for (opcode, args) in [
+            (op::CREATE, create_args("new", libc::O_RDWR, 0o644)),
+            (op::CREATE, create_args("file", libc::O_RDWR | libc::O_TRUNC, 0o644)),
+            (op::MKNOD, [u32s(&[0o100_644, 0, 0, 0]), name("new")].concat()),
+            (op::MKDIR, [u32s(&[0o755, 0]), name("new")].concat()),
+            (op::SYMLINK, [name("new"), name("/etc")].concat()),
+            (op::UNLINK, name("file")),
+            (op::RMDIR, name("file")),
+            (op::RENAME, rename(ROOT)),
+            (op::RENAME2, [u64s(&[ROOT]), u32s(&[0, 0]), name("file"), name("b")].concat()),
+            (op::LINK, [u64s(&[file]), name("new")].concat()),
+            (op::SETATTR, vec![0; 88]),
+        ] {
+            assert_eq!(rig.error(opcode, ROOT, &args), refused, "{options} {opcode}");
+            let of_file = rig.error(opcode, file, &args);
+            // Without a change, SETATTR tells what the file is.
+            assert!(of_file != 0 || (opcode == op::SETATTR && options.is_empty()), "{options} {opcode}");
+        }
+        for opcode in [op::OPEN, op::READLINK, op::FALLOCATE] {
+            assert_ne!(rig.error(opcode, ROOT, &[0; 32]), 0, "{options} {opcode}");
+        }
+        let mut names: Vec<_> =
+            fs::read_dir(rig.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["file", "secret"]);
+        assert_eq!(fs::read(rig.path("file")).unwrap(), b"host");
+    }
 }
 
 /// Set where the test below runs in a process of its own, whose limit it is.
@@ -958,5 +1030,18 @@ proptest! {
         }
         prop_assert_eq!(fs::read_dir(above.path()).unwrap().count(), 2);
         prop_assert_eq!(fs::read(above.path().join("x")).unwrap(), b"above");
+    }
+
+    #[test]
+    fn any_request_about_a_shared_file_is_answered(
+        opcode in 0u32..60, node in 0u64..6, args in proptest::collection::vec(any::<u8>(), 0..120)
+    ) {
+        let mut rig = rig_of(file_among_others(), "file", "", MANY);
+        rig.lookup(ROOT, "file");
+        if ![op::FORGET, op::BATCH_FORGET, op::INTERRUPT].contains(&opcode) {
+            rig.ask(opcode, node, &args);
+        }
+        prop_assert_eq!(fs::read_dir(rig.dir.path()).unwrap().count(), 2);
+        prop_assert_eq!(fs::read(rig.path("secret")).unwrap(), b"secret");
     }
 }

@@ -1,0 +1,107 @@
+//! Removing a folder with all that is in it, whoever made that: a guest's tree may be deeper than a stack or a table of
+//! descriptors, and its folders closed.
+
+use std::ffi::{CStr, CString};
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, chmodat, fstat, openat, unlinkat};
+use rustix::io::Errno;
+
+const OPEN: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Removes the folder `path`. No link in it is followed, and no mount is there to be left out.
+///
+/// # Errors
+/// Something in it cannot be removed.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return fs::remove_file(path);
+    }
+    fs::set_permissions(path, Permissions::from_mode(0o700))?;
+    empty(openat(CWD, path, OPEN, Mode::empty())?)?;
+    fs::remove_dir(path)
+}
+
+/// Goes down and up with one descriptor.
+fn empty(mut here: OwnedFd) -> io::Result<()> {
+    let mut way = Vec::new();
+    loop {
+        if let Some(name) = remove_entries(here.as_fd())? {
+            chmodat(&here, &*name, Mode::RWXU, AtFlags::empty())?;
+            let below = openat(&here, &*name, OPEN, Mode::empty())?;
+            way.push((name, identity(&here)?));
+            here = below;
+            continue;
+        }
+        let Some((name, above)) = way.pop() else { return Ok(()) };
+        here = openat(&here, c"..", OPEN, Mode::empty())?;
+        if identity(&here)? != above {
+            return Err(io::Error::other("somebody moves its folders"));
+        }
+        unlinkat(&here, &*name, AtFlags::REMOVEDIR)?;
+    }
+}
+
+fn identity(folder: &OwnedFd) -> io::Result<(u64, u64)> {
+    let stat = fstat(folder)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Removes what it can in this folder, and returns the first folder that has something in it.
+fn remove_entries(folder: BorrowedFd<'_>) -> io::Result<Option<CString>> {
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if !matches!(name.to_bytes(), b"." | b"..") && !remove(folder, name)? {
+            return Ok(Some(name.into()));
+        }
+    }
+    Ok(None)
+}
+
+/// `false`: it is a folder that has something in it.
+fn remove(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<bool> {
+    match unlinkat(folder, name, AtFlags::empty()) {
+        Err(Errno::ISDIR | Errno::PERM) => match unlinkat(folder, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+            removed => removed.map(|()| true).map_err(Into::into),
+        },
+        removed => removed.map(|()| true).map_err(Into::into),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::mkdirat;
+
+    use super::*;
+
+    #[test]
+    fn a_deep_tree_of_closed_folders_goes_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, outside) = (dir.path().join("tree"), dir.path().join("outside"));
+        fs::create_dir(&path).unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("file"), "").unwrap();
+        symlink(&outside, path.join("link")).unwrap();
+        // More than a process has descriptors, or a path has bytes.
+        let mut here = openat(CWD, &path, OPEN, Mode::empty()).unwrap();
+        for level in 0..5000 {
+            mkdirat(&here, c"down", Mode::RWXU).unwrap();
+            mkdirat(&here, c"aside", Mode::empty()).unwrap();
+            let below = openat(&here, c"down", OPEN, Mode::empty()).unwrap();
+            if level % 2 == 0 {
+                rustix::fs::fchmod(&here, Mode::empty()).unwrap();
+            }
+            here = below;
+        }
+        remove_tree(&path).unwrap();
+        assert!(!path.exists() && outside.join("file").exists());
+    }
+}
