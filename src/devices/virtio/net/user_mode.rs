@@ -95,7 +95,7 @@ pub fn start_pasta(namespace: &Path, publish: &[Publish], net: &NetConfig) -> Re
     if let Some(mac) = net.mac {
         command.arg("--ns-mac-addr").arg(mac.to_string());
     }
-    // As nobody it may not enter a name space of root's. It gives its capabilities up once it is set up.
+    // As nobody it may not enter a name space of root's. It gives most capabilities up once it is set up (docs/run.md).
     command.args(["--runas", "0", "--netns"]).arg(namespace);
     run(command)
 }
