@@ -315,6 +315,22 @@ fn until_it_runs(host: &Host, name: &str) {
 }
 
 #[test]
+fn a_vm_with_an_ended_containers_name_is_another_one() {
+    let host = spinning();
+    let output = host.microvm(RUN).args(["--name", "t", "--timeout", "1s", "box", "true"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(124), "{}", stderr(&output));
+    let kernel = host.dir.path().join("vmlinux");
+    let mut vm = host.boot(&kernel, &["--name", "t"]).stdin(Stdio::null()).spawn().unwrap();
+    until_it_runs(&host, "t");
+    let output = host.microvm(["ps", "-a", "--format", "json"]).output().unwrap();
+    vm.kill().unwrap();
+    vm.wait().unwrap();
+    let listed: Vec<serde_json::Value> = serde_json::from_str(&stdout(&output)).unwrap();
+    let told: Vec<_> = listed.iter().map(|vm| (&vm["name"], &vm["state"], vm["image"].is_null())).collect();
+    assert_eq!(told, [(&"t".into(), &"running".into(), true), (&"t".into(), &"exited".into(), false)]);
+}
+
+#[test]
 fn ctrl_c_ends_a_guest_that_does_not_come_as_far_as_its_program() {
     let host = spinning();
     let (mut ours, theirs) = terminal();

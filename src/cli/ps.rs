@@ -64,14 +64,17 @@ fn all() -> Result<Vec<Value>, CliError> {
     let mut vms = Vec::new();
     for name in control::names()? {
         let Some(mut vm) = look_at(&name) else { continue };
-        match containers.remove(name.as_str()) {
-            // What a dead VM left: the container knows how it ended.
-            Some(container) if vm["state"] == "dead" => vms.extend(ended(container)),
-            Some(container) => {
-                describe(container, &mut vm);
-                vms.push(vm);
-            }
-            None => vms.push(vm),
+        let Some(container) = containers.get(name.as_str()) else {
+            vms.push(vm);
+            continue;
+        };
+        if container.record.isolation == Isolation::Vm && matches!(container.state(), Ok(State::Running(_))) {
+            describe(container, &mut vm);
+            vms.push(vm);
+            containers.remove(name.as_str());
+        } else {
+            // The container's VM has left that, or ended just now; else it is another one of this name.
+            vms.extend(look_at(&name).filter(|vm| vm["state"] != "dead"));
         }
     }
     vms.extend(
