@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 
-use crate::compare::{Fingerprint, Measure, Plan, Report, measure, short, to_html};
+use crate::compare::{Fingerprint, Measure, Plan, Report, Series, measure, short, to_html};
 use crate::config::MemoryConfig;
 use crate::container::Isolation;
 
@@ -140,10 +140,10 @@ fn write_table(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     let to_base = format!("TO {}", report.base().to_uppercase());
     let head = ["MEASURE", "ISOLATION", "MIN", "MEDIAN", "P95", &to_base, "95% INTERVAL"].map(String::from);
     let count = report.series.first().map_or(0, |series| series.measures.len());
-    let is_there =
-        |index: &usize| report.series.iter().any(|series| series.measures[*index].summary.is_some());
-    let rows = (0..count).filter(is_there).flat_map(|index| {
-        report.series.iter().map(move |series| row(series.isolation, &series.measures[index]))
+    let is_there = |index: usize| move |series: &&Series| series.measures[index].summary.is_some();
+    let rows = (0..count).flat_map(|index| {
+        let series = report.series.iter().filter(is_there(index));
+        series.map(move |series| row(series.isolation, &series.measures[index]))
     });
     table::write(std::iter::once(head).chain(rows), out)?;
     writeln!(out)?;
