@@ -35,8 +35,11 @@ fn freed(names: u64, blocks: u64) -> u64 {
     if names == 1 { blocks.saturating_mul(512) } else { 0 }
 }
 
-/// Goes down and up with one descriptor.
-fn empty(mut here: OwnedFd) -> io::Result<u64> {
+/// Removes all that is in a folder, and returns the same. Goes down and up with one descriptor.
+///
+/// # Errors
+/// As for [`remove_tree`].
+pub fn empty(mut here: OwnedFd) -> io::Result<u64> {
     let (mut way, mut bytes) = (Vec::new(), 0);
     loop {
         if let Some(name) = remove_entries(here.as_fd(), &mut bytes)? {

@@ -390,3 +390,25 @@ fn what_an_image_holds_opens_nothing_of_the_hosts() {
     assert!(stderr(&output).contains("/srv/out") && stdout(&output).is_empty(), "{}", stderr(&output));
     ok(&host, "rm --force web");
 }
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_volume_that_could_not_be_filled_is_still_a_new_one() {
+    let host = Host::new();
+    let mut archive = super::common::images::Tar(Vec::new())
+        .dir("data")
+        .file("data/file", b"text")
+        .dir_with_mode("bin", 0o755)
+        .file_with_mode("bin/busybox", 0o755, &busybox());
+    for depth in 1..45 {
+        archive = archive.dir(&format!("data{}", "/d".repeat(depth)));
+    }
+    let layer = host.file("deep.tar", &archive.end());
+    ok(&host, &format!("image import {} --name deep", layer.display()));
+    let words = "run --rm --network none --isolation process -v new:/data deep /bin/busybox find /data";
+    let with_few = format!("ulimit -n 64; exec {} {words}", env!("CARGO_BIN_EXE_microvm"));
+    let output = host.command("sh").args(["-c", &with_few]).output().unwrap();
+    status(&output, 125);
+    assert!(stderr(&output).contains("volumes/new: Too many open files"), "{}", stderr(&output));
+    assert_eq!(ok(&host, words).lines().count(), 46);
+}

@@ -18,6 +18,7 @@ use crate::guest::copy::copy_contents;
 use crate::guest::users::{self, User};
 use crate::sys::fork::unshare;
 use crate::sys::loop_device;
+use crate::sys::remove_tree::empty;
 
 use super::super::volume::Placed;
 use super::{HostError, at};
@@ -115,7 +116,13 @@ impl RootFs {
             let to = File::open(&volume.source)?;
             retry_on_intr(|| flock(&to, FlockOperation::LockExclusive))?;
             let is_new = fs::read_dir(&volume.source)?.next().is_none();
-            if is_new { copy_contents(from.as_fd(), to.as_fd()) } else { Ok(()) }
+            let copied = if is_new { copy_contents(from.as_fd(), to.as_fd()) } else { Ok(()) };
+            copied.inspect_err(|e| {
+                // The next one would take half of it for a volume that is not new. What is there already is somebody else's.
+                if e.kind() != io::ErrorKind::AlreadyExists {
+                    let _ = empty(to.into());
+                }
+            })
         };
         copy().map_err(at(&volume.source))
     }
