@@ -344,3 +344,18 @@ fn ctrl_c_ends_a_guest_that_does_not_come_as_far_as_its_program() {
     let output = host.microvm(["inspect", "t"]).output().unwrap();
     assert!(stdout(&output).contains("\"ExitCode\": 130"), "{}", stdout(&output));
 }
+
+#[test]
+fn what_is_no_variable_and_no_host_name_is_one_line() {
+    let host = Host::new();
+    let file = host.file("vars", b"A=1\n=x\n");
+    let long = "a".repeat(65);
+    for (flags, words) in [
+        (&["-e", "=x"][..], &["\"=x\"", "NAME=VALUE"][..]),
+        (&["--env-file", file.to_str().unwrap()], &["vars", "\"=x\"", "NAME=VALUE"]),
+        (&["--hostname", &long], &["--hostname", "at most 64"]),
+    ] {
+        let output = host.microvm([&["run"], flags, &["box"]].concat()).output().unwrap();
+        assert_fails(&output, 125, words);
+    }
+}

@@ -303,11 +303,15 @@ fn status_of(end: &End) -> u8 {
 fn wanted(args: &RunArgs, name: String, folder: PathBuf) -> Result<Wanted, CliError> {
     let hostname = args.hostname.clone().unwrap_or_else(|| name.clone());
     if !is_name(&hostname) {
-        return Err(CliError::Usage(format!("--hostname {hostname:?}: letters, digits, '.', '_' and '-'")));
+        return Err(CliError::Usage(format!(
+            "--hostname {hostname:?}: letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+        )));
     }
     let files = args.env_file.iter().map(|path| read_env_file(path));
     let mut env: Vec<String> = files.collect::<Result<Vec<_>, _>>()?.concat();
-    env.extend(args.env.iter().filter_map(|word| variable(word)));
+    for word in &args.env {
+        env.extend(variable(word)?);
+    }
     Ok(Wanted {
         image: args.image.clone(),
         name,
@@ -338,7 +342,10 @@ fn wanted(args: &RunArgs, name: String, folder: PathBuf) -> Result<Wanted, CliEr
 fn read_env_file(path: &Path) -> Result<Vec<String>, CliError> {
     let text = fs::read_to_string(path).map_err(|source| CliError::EnvFile { path: path.into(), source })?;
     let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    Ok(lines.filter_map(variable).collect())
+    let variables = lines.map(|line| {
+        variable(line).map_err(|e| CliError::Usage(format!("--env-file {}: {e}", path.display())))
+    });
+    Ok(variables.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
 }
 
 fn parse_policy(text: &str) -> Result<PullPolicy, String> {
@@ -351,9 +358,10 @@ fn parse_policy(text: &str) -> Result<PullPolicy, String> {
 }
 
 /// As Docker: a name alone stands for this environment's value, if it has one.
-pub(super) fn variable(word: &str) -> Option<String> {
+pub(super) fn variable(word: &str) -> Result<Option<String>, CliError> {
     match word.split_once('=') {
-        Some(_) => Some(word.into()),
-        None => std::env::var(word).ok().map(|value| format!("{word}={value}")),
+        Some(("", _)) => Err(CliError::Usage(format!("the variable {word:?} has no name: write NAME=VALUE"))),
+        Some(_) => Ok(Some(word.into())),
+        None => Ok(std::env::var(word).ok().map(|value| format!("{word}={value}"))),
     }
 }

@@ -233,10 +233,7 @@ impl Containers {
             }
             renamed => renamed.map_err(failed(&container.folder))?,
         }
-        let entries = fs::read_dir(&gone).map_err(failed(&gone))?;
-        let bytes = entries.filter_map(|entry| Some(entry.ok()?.metadata().ok()?.len())).sum();
-        remove_tree(&gone).map_err(failed(&gone))?;
-        Ok(bytes)
+        remove_tree(&gone).map_err(failed(&gone))
     }
 
     /// Removes what killed processes left: unfinished folders, half removed ones, and containers that were to go when

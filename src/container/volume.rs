@@ -1,10 +1,12 @@
 //! Folders and files of the host in a container, as `--volume` has them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::retry_on_intr;
 use thiserror::Error;
 
 use crate::config::{ShareConfig, is_name};
@@ -129,8 +131,8 @@ impl Volume {
         if !kind.is_dir() && !kind.is_file() {
             return Err(failed(io::Error::other("it is neither a folder nor a file")));
         }
-        let is_new = matches!(self.source, Source::Named(_)) && !read_only;
-        let fill = is_new && fs::read_dir(&source).map_err(failed)?.next().is_none();
+        let is_named = matches!(self.source, Source::Named(_));
+        let fill = is_named && !read_only && is_empty(&source).map_err(failed)?;
         Ok(Placed { target, read_only, is_file: kind.is_file(), fill, source })
     }
 
@@ -172,6 +174,13 @@ fn named(name: &str) -> Result<PathBuf, ContainerError> {
     let path = data_folder().ok_or(ContainerError::NoPlace)?.join(FOLDER).join(name);
     fs::create_dir_all(&path).map_err(|source| ContainerError::Store { path: path.clone(), source })?;
     Ok(path)
+}
+
+/// Whether nothing is in a folder, once nobody fills it any more (`RootFs::fill`).
+fn is_empty(folder: &Path) -> io::Result<bool> {
+    let lock = File::open(folder)?;
+    retry_on_intr(|| flock(&lock, FlockOperation::LockShared))?;
+    Ok(fs::read_dir(folder)?.next().is_none())
 }
 
 fn anonymous(number: usize, container: &Path) -> PathBuf {

@@ -1,9 +1,12 @@
-//! Signals for a container's program, told to the process that runs it by a real-time signal with a value (sigqueue(3)).
+//! Signals for a container's program, told to the process that runs it by a real-time signal with a value (as sigqueue(3), by a
+//! descriptor of the process: pidfd_send_signal(2)).
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::size_of;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use rustix::process::getuid;
 
 use super::signals::descriptor;
 
@@ -39,23 +42,47 @@ impl AsFd for Orders {
     }
 }
 
-/// Tells process `pid`, which has [`Orders`], to send its program the signal `number`.
+/// `siginfo_t` as sigqueue(3) fills it in.
+#[repr(C)]
+struct Info {
+    signal: libc::c_int,
+    error: libc::c_int,
+    code: libc::c_int,
+    pad: libc::c_int,
+    pid: u32,
+    uid: u32,
+    value: u64,
+    unused: [u64; 12],
+}
+
+/// Tells a process that has [`Orders`] to send its program the signal `number`. Where it has ended, no other one that has its
+/// number by now gets the order, which would end it.
 ///
 /// # Errors
-/// It is not there, or another user's.
-pub fn send(pid: u32, number: u8) -> io::Result<()> {
-    // 0 would be this process's whole group.
-    let pid = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(io::ErrorKind::NotFound)?;
-    let value = libc::sigval { sival_ptr: std::ptr::without_provenance_mut(number.into()) };
-    // SAFETY: passes numbers: the receiver takes the value as one, and follows no pointer.
-    match unsafe { libc::sigqueue(pid, signal(), value) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// It is not there any more, or another user's.
+pub fn send(process: BorrowedFd<'_>, number: u8) -> io::Result<()> {
+    let (pid, uid) = (std::process::id(), getuid().as_raw());
+    let info = Info {
+        signal: signal(),
+        error: 0,
+        code: libc::SI_QUEUE,
+        pad: 0,
+        pid,
+        uid,
+        value: number.into(),
+        unused: [0; 12],
+    };
+    // SAFETY: `info` is laid out as the kernel reads it, and lives until the call has returned.
+    let sent = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal(), &raw const info, 0)
+    };
+    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::{PidfdFlags, WaitOptions, getpid, pidfd_open, waitpid};
+
     use super::*;
 
     #[test]
@@ -63,13 +90,16 @@ mod tests {
         // In a process of its own: this one has other threads, which would have the signal.
         let status = super::super::fork::fork(|| {
             let Ok(mut orders) = Orders::new() else { return 1 };
-            if orders.take().is_some() || send(std::process::id(), 28).is_err() {
+            let own = || pidfd_open(getpid(), PidfdFlags::empty());
+            if orders.take().is_some() || !own().is_ok_and(|own| send(own.as_fd(), 28).is_ok()) {
                 return 2;
             }
             u8::from(orders.take() != Some(28)) * 3
         });
-        let status = rustix::process::waitpid(Some(status.unwrap()), rustix::process::WaitOptions::empty());
+        let child = status.unwrap();
+        let ended = pidfd_open(child, PidfdFlags::empty()).unwrap();
+        let status = waitpid(Some(child), WaitOptions::empty());
         assert_eq!(status.unwrap().unwrap().1.exit_status(), Some(0));
-        assert!(send(0, 1).is_err() && send(u32::MAX, 1).is_err());
+        assert_eq!(send(ended.as_fd(), 1).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }
 }

@@ -90,12 +90,24 @@ impl Images {
 pub struct Tar(pub Vec<u8>);
 
 impl Tar {
-    pub fn entry(mut self, kind: EntryType, name: &str, link: &str, data: &[u8]) -> Self {
+    pub fn entry(self, kind: EntryType, name: &str, link: &str, data: &[u8]) -> Self {
+        let mode = if kind == EntryType::Directory { 0o750 } else { 0o644 };
+        self.entry_with(kind, name, link, data, |header| header.set_mode(mode))
+    }
+
+    fn entry_with(
+        mut self,
+        kind: EntryType,
+        name: &str,
+        link: &str,
+        data: &[u8],
+        set: impl FnOnce(&mut Header),
+    ) -> Self {
         let mut header = Header::new_ustar();
         header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
         header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
         header.set_entry_type(kind);
-        header.set_mode(if kind == EntryType::Directory { 0o750 } else { 0o644 });
+        set(&mut header);
         header.set_uid(5);
         header.set_gid(6);
         header.set_mtime(7);
@@ -113,6 +125,23 @@ impl Tar {
 
     pub fn dir(self, name: &str) -> Self {
         self.entry(EntryType::Directory, name, "", b"")
+    }
+
+    pub fn dir_with_mode(self, name: &str, mode: u32) -> Self {
+        self.entry_with(EntryType::Directory, name, "", b"", |header| header.set_mode(mode))
+    }
+
+    pub fn file_with_mode(self, name: &str, mode: u32, data: &[u8]) -> Self {
+        self.entry_with(EntryType::Regular, name, "", data, |header| header.set_mode(mode))
+    }
+
+    /// A character device for everybody.
+    pub fn device(self, name: &str, major: u32, minor: u32) -> Self {
+        self.entry_with(EntryType::Char, name, "", b"", |header| {
+            header.set_mode(0o666);
+            header.set_device_major(major).unwrap();
+            header.set_device_minor(minor).unwrap();
+        })
     }
 
     pub fn link(self, name: &str, target: &str) -> Self {

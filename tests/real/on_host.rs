@@ -16,6 +16,10 @@ use super::isolation::{ALL, groups, host};
 use super::net::{NAMES, add_route_and_names, in_own_network};
 use super::status;
 
+fn busybox() -> Vec<u8> {
+    fs::read(super::container::busybox()).unwrap()
+}
+
 const ON_HOST: [&str; 2] = ["container", "process"];
 
 /// `microvm WORDS`, whose words stand between blanks, and behind them a script for a shell.
@@ -332,4 +336,79 @@ fn flags_mean_the_same_wherever_the_program_runs() {
         }
         assert!(errors.contains("error\n"), "{isolation}: {errors}");
     }
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_new_volume_is_whole_for_all_who_ask_at_once() {
+    let host = Host::new();
+    let mut archive = super::common::images::Tar(Vec::new()).dir("data");
+    for number in 0..400 {
+        archive = archive.file(&format!("data/{number}"), b"text");
+    }
+    let layer =
+        host.file("many.tar", &archive.dir("bin").file_with_mode("bin/busybox", 0o755, &busybox()).end());
+    ok(&host, &format!("image import {} --name many", layer.display()));
+    let words = "run --rm --network none --isolation process -v new:/data many /bin/busybox ls /data";
+    let begin = || microvm(&host, words, None).stdout(Stdio::piped()).spawn().unwrap();
+    for child in (0..4).map(|_| begin()).collect::<Vec<_>>() {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), stdout(&output).lines().count()), (Some(0), 400));
+    }
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn what_an_image_holds_opens_nothing_of_the_hosts() {
+    let host = Host::new();
+    let archive = super::common::images::Tar(Vec::new())
+        .dir_with_mode("srv", 0o755)
+        // /dev/kmsg, which no container's control group has.
+        .device("srv/device", 1, 11)
+        .link("srv/out", "/proc/1/root")
+        .dir_with_mode("bin", 0o755)
+        .file_with_mode("bin/busybox", 0o755, &busybox())
+        .end();
+    let layer = host.file("hostile.tar", &archive);
+    ok(&host, &format!("image import {} --name hostile", layer.display()));
+    for isolation in ON_HOST {
+        for flags in ["", "--read-only"] {
+            let words = format!(
+                "run --rm --network none {flags} --isolation {isolation} hostile /bin/busybox head -c 1 /srv/device"
+            );
+            let output = microvm(&host, &words, None).output().unwrap();
+            assert_eq!(output.status.code(), Some(1), "{isolation}: {}", stderr(&output));
+            assert!(stderr(&output).contains("/srv/device"), "{isolation}: {}", stderr(&output));
+        }
+    }
+    ok(&host, "run -d --name web --isolation process hostile /bin/busybox sleep 1000");
+    let exec = |words: &str| microvm(&host, &format!("exec {words}"), None).output().unwrap();
+    let output = exec("-u 1000 -w /srv web /bin/busybox pwd");
+    assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(0), "/srv\n"), "{}", stderr(&output));
+    let output = exec("-u 1000 -w /srv/out web /bin/busybox ls");
+    status(&output, 125);
+    assert!(stderr(&output).contains("/srv/out") && stdout(&output).is_empty(), "{}", stderr(&output));
+    ok(&host, "rm --force web");
+}
+
+#[test]
+#[ignore = "needs hardware-grade KVM"]
+fn a_volume_that_could_not_be_filled_is_still_a_new_one() {
+    let host = Host::new();
+    let mut archive = super::common::images::Tar(Vec::new())
+        .dir("data")
+        .file("data/file", b"text")
+        .dir_with_mode("bin", 0o755)
+        .file_with_mode("bin/busybox", 0o755, &busybox());
+    for depth in 1..45 {
+        archive = archive.dir(&format!("data{}", "/d".repeat(depth)));
+    }
+    let layer = host.file("deep.tar", &archive.end());
+    ok(&host, &format!("image import {} --name deep", layer.display()));
+    let words = "run --rm --network none --isolation process -v new:/data deep /bin/busybox find /data";
+    let with_few = format!("ulimit -n 64; exec {} {words}", env!("CARGO_BIN_EXE_microvm"));
+    let output = host.command("sh").args(["-c", &with_few]).output().unwrap();
+    status(&output, 125);
+    assert!(stderr(&output).contains("volumes/new: Too many open files"), "{}", stderr(&output));
+    assert_eq!(ok(&host, words).lines().count(), 46);
 }

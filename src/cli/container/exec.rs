@@ -71,7 +71,9 @@ fn start(args: ExecArgs) -> Result<u8, CliError> {
     let container = Containers::of_user()?.find(&args.container)?;
     let mut process = container.record.process.clone();
     process.args = args.command;
-    args.env.iter().filter_map(|word| variable(word)).for_each(|word| set_variable(&mut process.env, &word));
+    for word in &args.env {
+        variable(word)?.into_iter().for_each(|word| set_variable(&mut process.env, &word));
+    }
     process.cwd = args.workdir.unwrap_or(process.cwd);
     process.user = args.user.unwrap_or(process.user);
     process.terminal = args.tty;

@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
-use rustix::process::{Gid, Uid, chdir, chroot};
+use rustix::process::{Gid, Uid, chdir, chroot, fchdir};
 use rustix::thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use crate::guest::ProcessSpec;
@@ -82,15 +82,16 @@ impl Chroot<'_> {
         for (volume, source) in &volumes {
             mount_volume(volume, source).map_err(|e| failed(volume, &e))?;
         }
-        drop(make_place(&self.process.cwd, false)?);
+        // Not by its path: that may lead out by way of /proc, where this process may still go.
+        fchdir(make_place(&self.process.cwd, false)?)?;
         if self.read_only {
-            mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
+            mount_remount("/", MountFlags::BIND | MountFlags::NODEV | MountFlags::RDONLY, c"")?;
         }
         Ok(())
     }
 }
 
-/// Becomes the program of `process`, as this user. Returns only where that cannot be.
+/// Becomes the program of `process`, as this user, in the current folder. Returns only where that cannot be.
 pub fn exec(process: &ProcessSpec, user: &User) -> io::Error {
     let Some((program, arguments)) = process.args.split_first() else {
         return io::ErrorKind::NotFound.into();
@@ -98,7 +99,6 @@ pub fn exec(process: &ProcessSpec, user: &User) -> io::Error {
     let mut command = Command::new(program);
     command.args(arguments).env_clear().env("HOME", &user.home);
     command.envs(process.env.iter().filter_map(|word| word.split_once('=')));
-    command.current_dir(&process.cwd);
     let groups: Vec<_> = user.groups.iter().copied().map(Gid::from_raw).collect();
     let (gid, uid) = (Gid::from_raw(user.gid), Uid::from_raw(user.uid));
     let become_user = move || {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal as Number, WaitOptions, chroot, fchdir, kill_process, pidfd_open, waitpid,
@@ -14,16 +15,15 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::guest::ProcessSpec;
 use crate::guest::status::{NOT_STARTED, of_error};
-use crate::guest::users;
 use crate::sys::data::data_folder;
 use crate::sys::fork::fork;
 use crate::sys::signals::{Sender, Signal, Signals};
 
 use super::super::{Container, ContainerError};
 use super::process::HostProcess;
-use super::rootfs::RootFs;
+use super::rootfs::{RootFs, find_user, open_inside};
 use super::runtime::{self, Runtime};
-use super::{HostError, Isolation, NotRun, at, chroot as plain, oci, put_input};
+use super::{Cgroup, HostError, Isolation, NotRun, at, chroot as plain, oci, put_input};
 
 /// The first program's number in its PID name space: the keeper's first child.
 const FIRST: &str = "2";
@@ -44,13 +44,15 @@ pub fn exec_on_host(container: &Container, process: &ProcessSpec) -> Result<u8, 
     }
     let runtime = Runtime::find()?;
     let work = data_folder().ok_or(ContainerError::NoPlace)?.join("mnt");
+    // As when it was made.
+    let has_cgroup = Cgroup::is_there();
     entrance.enter().map_err(HostError::Namespace)?;
     let root = RootFs { work: work.clone(), files: Vec::new() };
     let user = root.user(&process.user)?;
     let bundle = work.join(format!("exec.{}", std::process::id()));
     fs::create_dir(&bundle).map_err(at(&bundle))?;
     let path = bundle.join("process.json");
-    fs::write(&path, oci::process(process, &user).to_string()).map_err(at(&path))?;
+    fs::write(&path, oci::process(process, &user, has_cgroup).to_string()).map_err(at(&path))?;
     let status = run(process, || runtime.become_exec(&container.record.name, &work, &bundle));
     let failure = runtime::failure(&bundle);
     // In a file system that goes with the container.
@@ -131,10 +133,15 @@ fn become_program(root: &File, process: &ProcessSpec) -> NotRun {
             message: format!("the root file system cannot be entered: {e}"),
         };
     }
-    let user = match users::find(&process.user, Path::new("/etc")) {
+    let user = match find_user(root, &process.user) {
         Ok(user) => user,
         Err(message) => return NotRun { status: NOT_STARTED, message },
     };
+    let folder = open_inside(root, &process.cwd, OFlags::PATH | OFlags::DIRECTORY);
+    if let Err(e) = folder.and_then(fchdir) {
+        let message = format!("the working folder {} cannot be entered: {e}", process.cwd);
+        return NotRun { status: NOT_STARTED, message };
+    }
     let e = plain::exec(process, &user);
     let name = process.args.first().map_or("no program", String::as_str);
     NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }

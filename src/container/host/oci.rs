@@ -23,6 +23,12 @@ pub const CAPABILITIES: [&str; 14] = [
     "CAP_SYS_CHROOT",
 ];
 
+/// Those that a container gets. Its devices are what a control group lets it have; where there is none, it makes none.
+#[must_use]
+pub fn capabilities(has_cgroup: bool) -> Vec<&'static str> {
+    CAPABILITIES.into_iter().filter(|name| has_cgroup || *name != "CAP_MKNOD").collect()
+}
+
 /// What Docker hides, as it tells of the host.
 const MASKED: [&str; 11] = [
     "/proc/acpi",
@@ -90,7 +96,7 @@ impl Bundle<'_> {
             "ociVersion": "1.0.2",
             "root": { "path": self.root, "readonly": self.read_only },
             "hostname": self.hostname,
-            "process": process(self.process, self.user),
+            "process": process(self.process, self.user, self.cgroup.is_some()),
             "mounts": self.mounts(),
             "linux": self.linux(),
         })
@@ -151,9 +157,10 @@ impl Bundle<'_> {
     }
 }
 
-/// A program as the runtime takes it, in `config.json` or alone.
+/// A program as the runtime takes it, in `config.json` or alone, in a container that has a control group or none.
 #[must_use]
-pub fn process(spec: &ProcessSpec, user: &User) -> Value {
+pub fn process(spec: &ProcessSpec, user: &User, has_cgroup: bool) -> Value {
+    let capabilities = capabilities(has_cgroup);
     let mut env = vec![format!("HOME={}", user.home)];
     // The image may say another one.
     spec.env.iter().for_each(|word| super::super::set_variable(&mut env, word));
@@ -168,9 +175,9 @@ pub fn process(spec: &ProcessSpec, user: &User) -> Value {
             "additionalGids": user.groups,
         },
         "capabilities": {
-            "bounding": CAPABILITIES,
-            "effective": CAPABILITIES,
-            "permitted": CAPABILITIES,
+            "bounding": capabilities,
+            "effective": capabilities,
+            "permitted": capabilities,
         },
         "noNewPrivileges": false,
     });
@@ -222,6 +229,17 @@ mod tests {
         assert_eq!(process["user"], json!({ "uid": 33, "gid": 34, "additionalGids": [4] }));
         assert_eq!((&process["cwd"], &process["terminal"]), (&json!("/srv"), &json!(false)));
         assert_eq!(config["hostname"], "box");
+    }
+
+    #[test]
+    fn without_a_control_group_no_device_is_made() {
+        let has = |config: &Value, set: &str| {
+            config["process"]["capabilities"][set].as_array().unwrap().contains(&json!("CAP_MKNOD"))
+        };
+        let (with, without) = (config(|_, _| ()), config(|bundle, _| bundle.cgroup = None));
+        for set in ["bounding", "effective", "permitted"] {
+            assert!(has(&with, set) && !has(&without, set), "{set}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The process of a container on the host, asked from another one.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -48,12 +48,13 @@ impl HostProcess {
         self.pid
     }
 
-    /// Sends the container's program a signal. KILL ends all of it.
+    /// Sends the container's program a signal. KILL ends all of it. One that has ended meanwhile needs none.
     ///
     /// # Errors
     /// It is not this user's.
     pub fn signal(&self, number: u8) -> Result<(), ContainerError> {
-        let sent = orders::send(self.pid, number);
+        let sent = orders::send(self.process.as_fd(), number);
+        let sent = sent.or_else(|e| if e.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(e) });
         sent.map_err(|source| ContainerError::Signal { name: self.name.clone(), source })
     }
 }

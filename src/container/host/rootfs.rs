@@ -2,13 +2,15 @@
 
 use std::ffi::CString;
 use std::fs::{self, File, Permissions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat, unlinkat};
-use rustix::io::Errno;
+use rustix::fs::{
+    AtFlags, FileType, FlockOperation, Mode, OFlags, ResolveFlags, flock, openat, openat2, statat, unlinkat,
+};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
@@ -16,6 +18,7 @@ use crate::guest::copy::copy_contents;
 use crate::guest::users::{self, User};
 use crate::sys::fork::unshare;
 use crate::sys::loop_device;
+use crate::sys::remove_tree::empty;
 
 use super::super::volume::Placed;
 use super::{HostError, at};
@@ -99,21 +102,28 @@ impl RootFs {
 
     /// Opens what the container has at `path`: an image's link leads to a place inside.
     fn open(&self, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
-        let root = File::open(self.path())?;
-        let path = match path.trim_start_matches('/') {
-            "" => ".",
-            path => path,
-        };
-        Ok(openat2(root.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
+        Ok(open_inside(&File::open(self.path())?, path, flags)?)
     }
 
-    /// Copies what the container has at a new volume's place into it. What is no folder there is not looked at.
+    /// Copies what the container has at a new volume's place into it, unless another container was faster. What is no
+    /// folder there is not looked at.
     ///
     /// # Errors
     /// A file cannot be copied.
     pub fn fill(&self, volume: &Placed) -> Result<(), HostError> {
         let Ok(from) = self.open(&volume.target, OFlags::RDONLY | OFlags::DIRECTORY) else { return Ok(()) };
-        let copy = || copy_contents(from.as_fd(), File::open(&volume.source)?.as_fd());
+        let copy = || {
+            let to = File::open(&volume.source)?;
+            retry_on_intr(|| flock(&to, FlockOperation::LockExclusive))?;
+            let is_new = fs::read_dir(&volume.source)?.next().is_none();
+            let copied = if is_new { copy_contents(from.as_fd(), to.as_fd()) } else { Ok(()) };
+            copied.inspect_err(|e| {
+                // The next one would take half of it for a volume that is not new. What is there already is somebody else's.
+                if e.kind() != io::ErrorKind::AlreadyExists {
+                    let _ = empty(to.into());
+                }
+            })
+        };
         copy().map_err(at(&volume.source))
     }
 
@@ -138,22 +148,30 @@ impl RootFs {
     /// # Errors
     /// There is no such user or group.
     pub fn user(&self, user: &str) -> Result<User, HostError> {
-        let etc = self.work.join("etc");
-        fs::create_dir_all(&etc).map_err(at(&etc))?;
-        for name in ["passwd", "group"] {
-            let Ok(source) = self.open(&format!("/etc/{name}"), OFlags::RDONLY | OFlags::NONBLOCK) else {
-                continue;
-            };
-            let copy = || {
-                io::copy(
-                    &mut io::Read::take(File::from(source), MAX_DATABASE),
-                    &mut File::create(etc.join(name))?,
-                )
-            };
-            copy().map_err(at(&etc))?;
-        }
-        users::find(user, &etc).map_err(HostError::User)
+        let root = File::open(self.path()).map_err(at(&self.path()))?;
+        find_user(&root, user).map_err(HostError::User)
     }
+}
+
+/// Opens what there is at `path` below `root`: an image's link leads to a place inside, and none by way of /proc to any.
+pub fn open_inside(root: &File, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = match path.trim_start_matches('/') {
+        "" => ".",
+        path => path,
+    };
+    openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)
+}
+
+/// Looks a user up in the databases below `root`.
+///
+/// # Errors
+/// There is no such user or group, in words.
+pub fn find_user(root: &File, user: &str) -> Result<User, String> {
+    users::find_in(user, |name| {
+        // Without a wait for somebody at a pipe's other end.
+        let opened = open_inside(root, &format!("/etc/{name}"), OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
+        Some(File::from(opened).take(MAX_DATABASE))
+    })
 }
 
 /// Mounts the file itself (Linux 6.12), else by way of a loop device.
@@ -190,5 +208,6 @@ fn stack(count: usize, top: &Path) -> io::Result<()> {
     chown(&upper, Some(like.uid()), Some(like.gid()))?;
     let lower: Vec<_> = (0..count).rev().map(|index| index.to_string()).collect();
     let options = format!("lowerdir={}:s,upperdir={WRITABLE}/upper,workdir={WRITABLE}/work", lower.join(":"));
-    Ok(mount("overlay", "root", "overlay", MountFlags::empty(), Some(CString::new(options)?.as_c_str()))?)
+    // A device in an image is anybody's disk: those that programs expect are in /dev, which lies over it.
+    Ok(mount("overlay", "root", "overlay", MountFlags::NODEV, Some(CString::new(options)?.as_c_str()))?)
 }
