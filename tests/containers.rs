@@ -346,7 +346,7 @@ fn ctrl_c_ends_a_guest_that_does_not_come_as_far_as_its_program() {
 }
 
 #[test]
-fn what_is_no_variable_and_no_host_name_is_one_line() {
+fn flags_that_cannot_be_are_one_line() {
     let host = Host::new();
     let file = host.file("vars", b"A=1\n=x\n");
     let long = "a".repeat(65);
@@ -354,6 +354,7 @@ fn what_is_no_variable_and_no_host_name_is_one_line() {
         (&["-e", "=x"][..], &["\"=x\"", "NAME=VALUE"][..]),
         (&["--env-file", file.to_str().unwrap()], &["vars", "\"=x\"", "NAME=VALUE"]),
         (&["--hostname", &long], &["--hostname", "at most 64"]),
+        (&["-v", "a:/x", "-v", "b:/x/"], &["--volume b:/x/", "another"]),
     ] {
         let output = host.microvm([&["run"], flags, &["box"]].concat()).output().unwrap();
         assert_fails(&output, 125, words);

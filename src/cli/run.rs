@@ -307,6 +307,11 @@ fn wanted(args: &RunArgs, name: String, folder: PathBuf) -> Result<Wanted, CliEr
             "--hostname {hostname:?}: letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
         )));
     }
+    for (number, volume) in args.volume.iter().enumerate() {
+        if args.volume[..number].iter().any(|other| other.target() == volume.target()) {
+            return Err(CliError::Usage(format!("--volume {volume}: there is another one at this place")));
+        }
+    }
     let files = args.env_file.iter().map(|path| read_env_file(path));
     let mut env: Vec<String> = files.collect::<Result<Vec<_>, _>>()?.concat();
     for word in &args.env {

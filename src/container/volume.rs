@@ -157,6 +157,12 @@ impl Volume {
         (share, mount)
     }
 
+    /// Its place in the container.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        self.target.trim_end_matches('/')
+    }
+
     /// Whether it goes with its container.
     #[must_use]
     pub fn is_anonymous(&self) -> bool {
