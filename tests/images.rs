@@ -6,7 +6,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use common::images::{Images, Tar, by_umoci, gzip, tool, with_stacked};
 use common::{assert_fails, in_child};
@@ -301,15 +300,11 @@ fn an_older_docker_archive_is_read() {
 }
 
 #[test]
-fn an_image_of_many_layers_is_imported_soon() {
+fn an_image_of_as_many_layers_as_docker_lets_it_have_is_imported() {
     let images = Images::new();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/host/layers.py");
-    // As many as Docker lets an image have.
     tool(&images, &format!("python3 {script} 127 {script} layers.tar"));
-    let begin = Instant::now();
     images.done(&["import", "layers.tar"]);
-    // 1.4 seconds where little else runs: each layer is written to the disk.
-    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     let image = images.json(&["inspect", "layers:127"]);
     assert_eq!(image[0]["layers"].as_array().unwrap().len(), 127);
 }
