@@ -224,7 +224,7 @@ fn run_here(
     ready: Option<Ready>,
     clock: Clock,
 ) -> Result<u8, CliError> {
-    let Machine { mut config, initramfs, program } = machine;
+    let Machine { mut config, initramfs, program, new_volumes } = machine;
     let lease = program.lease;
     config.cpus = args.cpus.unwrap_or(config.cpus);
     config.memory = args.memory.clone().unwrap_or(config.memory);
@@ -235,7 +235,7 @@ fn run_here(
     let storage = args.storage.map(|size| make_storage(&folder, size)).transpose();
     let volumes = make_volumes(&args, &folder);
     let attached = ready.is_none();
-    let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready };
+    let options = StreamOptions { input: args.interactive, terminal: args.tty, attached, ready, new_volumes };
     let rm = args.rm;
     let prepare = move |vmm: &mut Vmm| {
         drop(initramfs);

@@ -18,6 +18,7 @@ use super::agent::SOCKET;
 use super::network::connect;
 use super::program::Program;
 use super::storage;
+use super::volume::claim_new;
 use super::{Changes, ContainerError, NetworkWishes, Volume};
 
 /// Where `microvm-init` leaves the program's status. No device of a PC is there.
@@ -65,6 +66,8 @@ pub struct Machine {
     pub initramfs: File,
     /// The program, whose image cannot be removed as long as this lives: it must stay open when the VM confines itself.
     pub program: Program,
+    /// Locks of the volumes that its guest fills, until the program runs.
+    pub new_volumes: Vec<File>,
 }
 
 impl Machine {
@@ -77,10 +80,12 @@ impl Machine {
         let kernels = KernelStore::of_user()?;
         let kernel = wanted.kernel.as_ref().map_or_else(|| kernels.default(), |name| kernels.get(name))?;
         let program = Program::of(wanted)?;
-        let volumes = wanted.volumes.iter().enumerate().map(|(number, volume)| {
-            Ok::<_, ContainerError>(volume.share(number, volume.place(number, &wanted.folder)?))
-        });
-        let (shares, mounts) = volumes.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let volumes = wanted.volumes.iter().enumerate();
+        let placed = volumes.clone().map(|(number, volume)| volume.place(number, &wanted.folder));
+        let mut placed = placed.collect::<Result<Vec<_>, _>>()?;
+        let new_volumes = claim_new(&mut placed)?;
+        let (shares, mounts) =
+            volumes.zip(placed).map(|((number, volume), placed)| volume.share(number, placed)).unzip();
         let (card, network) = connect(&wanted.network, !wanted.publish.is_empty());
         let spec = GuestSpec {
             layers: program.layers.iter().map(|layer| len(layer)).collect::<Result<_, _>>()?,
@@ -105,7 +110,7 @@ impl Machine {
         config.publish = wanted.publish.clone();
         config.name = Some(wanted.name.clone());
         config.disks.extend(layers_disk(program.layers.clone()));
-        Ok(Self { config, initramfs, program })
+        Ok(Self { config, initramfs, program, new_volumes })
     }
 }
 

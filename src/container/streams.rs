@@ -2,6 +2,7 @@
 //! standard input; and the signals that come for this process.
 
 use std::any::Any;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -41,6 +42,8 @@ pub struct StreamOptions {
     pub attached: bool,
     /// Who waits until the program runs.
     pub ready: Option<Ready>,
+    /// Locks of volumes, until the program runs.
+    pub new_volumes: Vec<File>,
 }
 
 /// The streams, before the VM runs.
@@ -122,6 +125,7 @@ impl Service for Streams {
         if let Some(ready) = &self.options.ready {
             kept.add("who waits for the program", ready);
         }
+        self.options.new_volumes.iter().for_each(|lock| kept.add("a new volume", lock));
         Vec::new()
     }
 
@@ -140,6 +144,7 @@ impl Service for Streams {
             log: Some(log),
             attached: options.attached,
             ready: options.ready,
+            new_volumes: options.new_volumes,
             requests,
             terminal,
             raw: None,
@@ -190,6 +195,7 @@ struct Printer {
     log: Option<LogWriter>,
     attached: bool,
     ready: Option<Ready>,
+    new_volumes: Vec<File>,
     requests: Arc<Requests>,
     /// Until the program has it: before, Ctrl-C ends the VM.
     terminal: Option<Prepared>,
@@ -203,6 +209,7 @@ impl relay::Receiver for Printer {
             self.raw = raw.ok();
         }
         self.requests.started.store(true, Ordering::Release);
+        self.new_volumes.clear();
         self.ready.take().into_iter().for_each(Ready::tell);
     }
 

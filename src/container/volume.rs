@@ -176,13 +176,49 @@ impl Volume {
     }
 }
 
+/// Locks new volumes for the VM that fills them, as long as what is returned lives: whoever else has found one new, or asks
+/// whether it is, waits for that.
+///
+/// # Errors
+/// One cannot be opened.
+pub fn claim_new(volumes: &mut [Placed]) -> Result<Vec<File>, ContainerError> {
+    let mut new: Vec<_> = volumes.iter_mut().filter(|volume| volume.fill).collect();
+    // In one order for all, so that no two wait for each other.
+    new.sort_by(|a, b| a.source.cmp(&b.source));
+    let mut locks = Vec::new();
+    let mut last = None;
+    for volume in new {
+        // One that the container has twice is filled from its first place.
+        volume.fill = last != Some(&volume.source);
+        if volume.fill {
+            locks.extend(
+                claim(volume)
+                    .map_err(|source| ContainerError::Volume { path: volume.source.clone(), source })?,
+            );
+        }
+        last = Some(&volume.source);
+    }
+    Ok(locks)
+}
+
+/// `None`: it is not there yet, as it goes with its container, or it is not new any more.
+fn claim(volume: &mut Placed) -> io::Result<Option<File>> {
+    let lock = match File::open(&volume.source) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))?;
+    volume.fill = fs::read_dir(&volume.source)?.next().is_none();
+    Ok(Some(lock).filter(|_| volume.fill))
+}
+
 fn named(name: &str) -> Result<PathBuf, ContainerError> {
     let path = data_folder().ok_or(ContainerError::NoPlace)?.join(FOLDER).join(name);
     fs::create_dir_all(&path).map_err(|source| ContainerError::Store { path: path.clone(), source })?;
     Ok(path)
 }
 
-/// Whether nothing is in a folder, once nobody fills it any more (`RootFs::fill`).
+/// Whether nothing is in a folder, once nobody fills it any more (`RootFs::fill`, [`claim_new`]).
 fn is_empty(folder: &Path) -> io::Result<bool> {
     let lock = File::open(folder)?;
     retry_on_intr(|| flock(&lock, FlockOperation::LockShared))?;
@@ -210,6 +246,31 @@ impl std::fmt::Display for Volume {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_volume_is_filled_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let placed = |name: &str, fill| {
+            let (source, target) = (dir.path().join(name), format!("/{name}"));
+            Placed { source, target, read_only: false, is_file: false, fill }
+        };
+        for name in ["a", "b", "old"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        fs::write(dir.path().join("old/file"), "").unwrap();
+        // `old` was filled since it was looked at; `own` is made later.
+        let mut volumes =
+            ["b", "a", "b", "old", "own", "kept"].map(|name| placed(name, name != "kept")).to_vec();
+        let locks = claim_new(&mut volumes).unwrap();
+        let filled: Vec<_> = volumes.iter().map(|volume| volume.fill).collect();
+        assert_eq!((locks.len(), filled), (2, vec![true, true, false, false, true, false]));
+        let is_free = |name: &str| {
+            flock(File::open(dir.path().join(name)).unwrap(), FlockOperation::NonBlockingLockShared).is_ok()
+        };
+        assert_eq!(["a", "b", "old"].map(is_free), [false, false, true]);
+        drop(locks);
+        assert!(is_free("a") && is_free("b"));
+    }
 
     #[test]
     fn volumes_are_read() {

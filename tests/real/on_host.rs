@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::common::{Host, stderr, stdout};
+use super::container::host_with_image;
 use super::isolation::{ALL, groups, host};
 use super::net::{NAMES, add_route_and_names, in_own_network};
 use super::status;
@@ -341,7 +342,7 @@ fn flags_mean_the_same_wherever_the_program_runs() {
 #[test]
 #[ignore = "needs hardware-grade KVM"]
 fn a_new_volume_is_whole_for_all_who_ask_at_once() {
-    let host = Host::new();
+    let host = host_with_image("tuned", "vmlinux", None);
     let mut archive = super::common::images::Tar(Vec::new()).dir("data");
     for number in 0..400 {
         archive = archive.file(&format!("data/{number}"), b"text");
@@ -349,11 +350,16 @@ fn a_new_volume_is_whole_for_all_who_ask_at_once() {
     let layer =
         host.file("many.tar", &archive.dir("bin").file_with_mode("bin/busybox", 0o755, &busybox()).end());
     ok(&host, &format!("image import {} --name many", layer.display()));
-    let words = "run --rm --network none --isolation process -v new:/data many /bin/busybox ls /data";
-    let begin = || microvm(&host, words, None).stdout(Stdio::piped()).spawn().unwrap();
-    for child in (0..4).map(|_| begin()).collect::<Vec<_>>() {
-        let output = child.wait_with_output().unwrap();
-        assert_eq!((output.status.code(), stdout(&output).lines().count()), (Some(0), 400));
+    for isolation in ["process", "vm"] {
+        let words = format!(
+            "run --rm --network none --isolation {isolation} -v {isolation}:/data many /bin/busybox ls /data"
+        );
+        let begin = || microvm(&host, &words, None).stdout(Stdio::piped()).spawn().unwrap();
+        for child in (0..4).map(|_| begin()).collect::<Vec<_>>() {
+            let output = child.wait_with_output().unwrap();
+            let count = stdout(&output).lines().count();
+            assert_eq!((output.status.code(), count), (Some(0), 400), "{isolation}");
+        }
     }
 }
 
