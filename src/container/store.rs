@@ -267,13 +267,6 @@ impl Containers {
 
     /// Returns those that are left.
     fn sweep(&self) -> Result<Vec<Container>, ContainerError> {
-        let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
-        for entry in entries.flatten() {
-            // Nobody adds or removes now, so it is nobody's.
-            if entry.file_name().as_encoded_bytes().starts_with(b".") || is_half_removed(&entry.path()) {
-                let _ = remove_tree(&entry.path());
-            }
-        }
         let mut left = Vec::new();
         for container in self.list()? {
             let removed =
@@ -283,6 +276,14 @@ impl Containers {
                 Ok(None) | Err(ContainerError::Running(_)) => left.push(container),
                 Err(ContainerError::NotFound(_)) => {}
                 Err(e) => return Err(e),
+            }
+        }
+        // Behind them: a VM that ends removes its record without asking, so that one which was not listed above has none here.
+        let entries = fs::read_dir(&self.folder).map_err(failed(&self.folder))?;
+        for entry in entries.flatten() {
+            // Nobody adds or removes now, so it is nobody's.
+            if entry.file_name().as_encoded_bytes().starts_with(b".") || is_half_removed(&entry.path()) {
+                let _ = remove_tree(&entry.path());
             }
         }
         Ok(left)
@@ -525,6 +526,32 @@ mod tests {
         fs::create_dir(&half).unwrap();
         drop(containers.add(&record("c")).unwrap());
         assert!(!half.exists() && runs.folder.exists() && containers.find("c").is_ok());
+    }
+
+    /// A VM that ends removes what it can, and another process the rest: whoever comes first, nothing is left.
+    #[test]
+    fn two_that_remove_one_container_leave_nothing() {
+        let (_dir, containers) = store();
+        for number in 0..1000 {
+            let claim = containers.add(&Record { rm: true, ..record("web") }).unwrap();
+            let volume = claim.folder.join("volumes/0");
+            fs::create_dir_all(&volume).unwrap();
+            fs::write(volume.join("file"), "").unwrap();
+            let Claim { folder, lock, leavings, .. } = claim;
+            let waiting = File::open(folder.join(LOCK)).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    drop(lock);
+                    // At another moment each time.
+                    (0..number * 10).for_each(|_| std::hint::spin_loop());
+                    leavings.remove();
+                });
+                flock(&waiting, FlockOperation::LockShared).unwrap();
+                drop(waiting);
+                containers.clean().unwrap();
+            });
+            assert!(!folder.exists());
+        }
     }
 
     #[test]

@@ -71,23 +71,29 @@ fn remove_entries(folder: BorrowedFd<'_>, bytes: &mut u64) -> io::Result<Option<
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
-        let stat = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        if !remove(folder, name)? {
-            return Ok(Some(name.into()));
-        }
+        let stat = match statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            // Somebody else has removed it, who removes all of it, too.
+            Err(Errno::NOENT) => continue,
+            other => other?,
+        };
+        match remove(folder, name) {
+            Err(Errno::NOENT) => continue,
+            Ok(false) => return Ok(Some(name.into())),
+            removed => removed?,
+        };
         *bytes = bytes.saturating_add(freed(stat.st_nlink, stat.st_blocks.try_into().unwrap_or(0)));
     }
     Ok(None)
 }
 
 /// `false`: it is a folder that has something in it.
-fn remove(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<bool> {
+fn remove(folder: BorrowedFd<'_>, name: &CStr) -> Result<bool, Errno> {
     match unlinkat(folder, name, AtFlags::empty()) {
         Err(Errno::ISDIR | Errno::PERM) => match unlinkat(folder, name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
-            removed => removed.map(|()| true).map_err(Into::into),
+            removed => removed.map(|()| true),
         },
-        removed => removed.map(|()| true).map_err(Into::into),
+        removed => removed.map(|()| true),
     }
 }
 

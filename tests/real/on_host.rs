@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -101,7 +102,9 @@ fn volumes_are_the_same_wherever_the_program_runs() {
         assert_eq!(fs::read(host.dir.path().join("app.conf")).unwrap(), b"configured\n");
         assert_eq!(fs::read(&written).unwrap(), b"written\n", "{isolation}");
         // With a VM another process removes it.
+        let begin = Instant::now();
         while !left(&host).is_empty() {
+            assert!(begin.elapsed() < Duration::from_secs(60), "{isolation}: {:?} stays", left(&host));
             thread::yield_now();
         }
         // One that stays goes with `rm`.
