@@ -12,6 +12,8 @@ use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use microvm::sys::smaps::taken;
+
 use common::{Result, Row, cache, in_counting_host, root, run, table};
 
 /// What Firecracker's guests are given in shared baselines; the reference rows use it, too.
@@ -117,17 +119,8 @@ fn wait_for_memory(child: &mut std::process::Child) -> Result<u64> {
         }
     }
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", child.id()))?;
-    let mut mappings: Vec<(u64, u64, u64, bool)> = Vec::new();
-    for line in smaps.lines() {
-        let first = line.split_whitespace().next().unwrap_or_default();
-        if let Some((start, end)) = first.split_once('-') {
-            let hex = |s| u64::from_str_radix(s, 16);
-            mappings.push((hex(start)?, hex(end)?, 0, line.ends_with("/tuned")));
-        } else if let (Some(kib), Some(last)) = (line.strip_prefix("Pss:"), mappings.last_mut()) {
-            last.2 = kib.trim().trim_end_matches(" kB").parse()?;
-        }
-    }
-    let kernel = mappings.iter().find(|m| m.3).ok_or("the kernel is not mapped")?.0;
-    let guest = kernel - KERNEL_ADDRESS..kernel - KERNEL_ADDRESS + (128 << 20);
-    Ok(mappings.iter().filter(|m| !guest.contains(&m.0)).map(|m| m.2).sum())
+    // The kernel is mapped there, at the same distance from the guest's first byte as in the guest.
+    let kernel = smaps.lines().find(|line| line.ends_with("/tuned")).ok_or("the kernel is not mapped")?;
+    let start = u64::from_str_radix(kernel.split('-').next().unwrap_or_default(), 16)? - KERNEL_ADDRESS;
+    Ok(taken(&smaps, std::slice::from_ref(&(start..start + (128 << 20)))).outside >> 10)
 }

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, open, unlinkat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::is_name;
@@ -259,7 +259,7 @@ impl Containers {
         leave_behind(move || {
             // Gone already, else free when the container's process is.
             if let Ok(lock) = File::open(lock) {
-                while flock(&lock, FlockOperation::LockShared) == Err(Errno::INTR) {}
+                let _ = retry_on_intr(|| flock(&lock, FlockOperation::LockShared));
             }
             let _ = self.clean();
         })

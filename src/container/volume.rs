@@ -176,7 +176,7 @@ impl Volume {
     }
 }
 
-/// Locks new volumes for the VM that fills them, as long as what is returned lives: whoever else has found one new, or asks
+/// Locks new volumes for the container that fills them, as long as what is returned lives: whoever else has found one new, or asks
 /// whether it is, waits for that.
 ///
 /// # Errors
@@ -218,7 +218,7 @@ fn named(name: &str) -> Result<PathBuf, ContainerError> {
     Ok(path)
 }
 
-/// Whether nothing is in a folder, once nobody fills it any more (`RootFs::fill`, [`claim_new`]).
+/// Whether nothing is in a folder, once nobody fills it any more ([`claim_new`]).
 fn is_empty(folder: &Path) -> io::Result<bool> {
     let lock = File::open(folder)?;
     retry_on_intr(|| flock(&lock, FlockOperation::LockShared))?;

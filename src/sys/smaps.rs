@@ -53,7 +53,9 @@ impl AsFd for Smaps {
     }
 }
 
-fn taken(text: &str, ranges: &[Range<u64>]) -> Taken {
+/// What the mappings of a `/proc/PID/smaps` with this text take, as [`Smaps::read`] has it.
+#[must_use]
+pub fn taken(text: &str, ranges: &[Range<u64>]) -> Taken {
     let mut taken = Taken::default();
     let mut is_inside = false;
     for line in text.lines() {

@@ -52,9 +52,7 @@ impl Chroot<'_> {
             let message = format!("--isolation process: the root file system cannot be entered: {e}");
             return NotRun { status: NOT_STARTED, message };
         }
-        let e = exec(self.process, self.user);
-        let name = self.process.args.first().map_or("no program", String::as_str);
-        NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
+        exec(self.process, self.user)
     }
 
     fn enter(&self) -> io::Result<()> {
@@ -92,7 +90,13 @@ impl Chroot<'_> {
 }
 
 /// Becomes the program of `process`, as this user, in the current folder. Returns only where that cannot be.
-pub fn exec(process: &ProcessSpec, user: &User) -> io::Error {
+pub fn exec(process: &ProcessSpec, user: &User) -> NotRun {
+    let e = try_exec(process, user);
+    let name = process.args.first().map_or("no program", String::as_str);
+    NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
+}
+
+fn try_exec(process: &ProcessSpec, user: &User) -> io::Error {
     let Some((program, arguments)) = process.args.split_first() else {
         return io::ErrorKind::NotFound.into();
     };

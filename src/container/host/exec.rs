@@ -14,7 +14,7 @@ use rustix::process::{
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::guest::ProcessSpec;
-use crate::guest::status::{NOT_STARTED, of_error};
+use crate::guest::status::NOT_STARTED;
 use crate::sys::data::data_folder;
 use crate::sys::fork::fork;
 use crate::sys::signals::{Sender, Signal, Signals};
@@ -142,9 +142,7 @@ fn become_program(root: &File, process: &ProcessSpec) -> NotRun {
         let message = format!("the working folder {} cannot be entered: {e}", process.cwd);
         return NotRun { status: NOT_STARTED, message };
     }
-    let e = plain::exec(process, &user);
-    let name = process.args.first().map_or("no program", String::as_str);
-    NotRun { status: of_error(&e), message: format!("{name} cannot be run: {e}") }
+    plain::exec(process, &user)
 }
 
 /// Runs `program`, which becomes `process`, in a child, passes signals to it, and returns its status.

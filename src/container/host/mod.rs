@@ -43,7 +43,7 @@ use crate::sys::exec_watch::ExecWatch;
 use super::log::LogWriter;
 use super::network::connect;
 use super::program::Program;
-use super::volume::Placed;
+use super::volume::{Placed, claim_new};
 use super::{ContainerError, Wanted, storage};
 use chroot::Chroot;
 use keeper::Keeper;
@@ -213,7 +213,9 @@ impl HostContainer {
         let storage = wanted.storage.then(|| wanted.folder.join(storage::FILE));
         let root = RootFs::mount(&work, &layers, &files, storage.as_deref())?;
         let user = root.user(&process.user)?;
+        let claims = claim_new(&mut volumes)?;
         volumes.iter().filter(|volume| volume.fill).try_for_each(|volume| root.fill(volume))?;
+        drop(claims);
         let network = card.map(|card| HostNetwork::make(&root.work, card, wanted.publish.clone()));
         let network = network.transpose().map_err(HostError::Network)?;
         Ok(Host { process, user, root, volumes, network, runtime, cgroup, _lease: lease })

@@ -7,10 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, ResolveFlags, flock, openat, openat2, statat, unlinkat,
-};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat, unlinkat};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
@@ -105,8 +103,8 @@ impl RootFs {
         Ok(open_inside(&File::open(self.path())?, path, flags)?)
     }
 
-    /// Copies what the container has at a new volume's place into it, unless another container was faster. What is no
-    /// folder there is not looked at.
+    /// Copies what the container has at a new volume's place into it, which is claimed ([`super::super::volume::claim_new`]).
+    /// What is no folder there is not looked at.
     ///
     /// # Errors
     /// A file cannot be copied.
@@ -114,10 +112,7 @@ impl RootFs {
         let Ok(from) = self.open(&volume.target, OFlags::RDONLY | OFlags::DIRECTORY) else { return Ok(()) };
         let copy = || {
             let to = File::open(&volume.source)?;
-            retry_on_intr(|| flock(&to, FlockOperation::LockExclusive))?;
-            let is_new = fs::read_dir(&volume.source)?.next().is_none();
-            let copied = if is_new { copy_contents(from.as_fd(), to.as_fd()) } else { Ok(()) };
-            copied.inspect_err(|e| {
+            copy_contents(from.as_fd(), to.as_fd()).inspect_err(|e| {
                 // The next one would take half of it for a volume that is not new. What is there already is somebody else's.
                 if e.kind() != io::ErrorKind::AlreadyExists {
                     let _ = empty(to.into());
