@@ -63,11 +63,20 @@ enum Step<'a> {
     WriteBack(u64, u8),
 }
 
-/// One image for all inputs. Threads read and write it; none is left when an input ends.
+/// The disks for all inputs. Threads read and write them; none is left when an input ends.
 struct Host {
-    block: Block,
-    file: File,
+    /// One file, which is written.
+    whole: Disk,
+    /// The same length in several files, from their ends in the middle of most requests. They are only read.
+    pieces: Disk,
     memory: Memory,
+}
+
+struct Disk {
+    block: Block,
+    files: Vec<File>,
+    /// What is on it at first.
+    content: Vec<u8>,
 }
 
 fn folder() -> PathBuf {
@@ -84,13 +93,51 @@ impl Host {
         }
         // SAFETY: the function takes and returns nothing, and touches no state of ours.
         unsafe { libc::atexit(remove) };
-        let path = folder().join("disk");
-        std::fs::write(&path, vec![0; LEN]).unwrap();
-        let mut config = DiskConfig::new(path.clone());
+        // Sectors that differ.
+        let numbered = (0..LEN).map(|at| (at / 512 + 1) as u8).collect();
+        Self {
+            whole: Disk::new("whole", vec![0; LEN], &[LEN]),
+            pieces: Disk::new("piece", numbered, &[512, 2560, LEN / 2, LEN / 2 - 3072]),
+            memory: Memory::new(&"2M".parse().unwrap()).unwrap(),
+        }
+    }
+}
+
+impl Disk {
+    /// Of files of these lengths.
+    fn new(name: &str, content: Vec<u8>, lens: &[usize]) -> Self {
+        let (mut rest, mut paths) = (&content[..], Vec::new());
+        for (number, len) in lens.iter().enumerate() {
+            let (bytes, behind) = rest.split_at(*len);
+            let path = folder().join(format!("{name}{number}"));
+            std::fs::write(&path, bytes).unwrap();
+            paths.push(path);
+            rest = behind;
+        }
+        let mut config = DiskConfig::new(paths[0].clone());
+        config.more = paths[1..].to_vec();
+        config.readonly = paths.len() > 1;
         config.engine = Some(DiskEngine::Threads);
         let block = Block::open(&config, 0, 1, &Registry::default()).unwrap();
-        let file = File::options().read(true).write(true).open(path).unwrap();
-        Self { block, file, memory: Memory::new(&"2M".parse().unwrap()).unwrap() }
+        let open = |path: &PathBuf| File::options().read(true).write(true).open(path).unwrap();
+        Self { block, files: paths.iter().map(open).collect(), content }
+    }
+
+    /// As at first.
+    fn restore(&self) {
+        if let [file] = &self.files[..] {
+            file.write_all_at(&self.content, 0).unwrap();
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for file in &self.files {
+            let start = bytes.len();
+            bytes.resize(start + file.metadata().unwrap().len() as usize, 0);
+            file.read_exact_at(&mut bytes[start..], 0).unwrap();
+        }
+        bytes
     }
 }
 
@@ -98,8 +145,17 @@ thread_local! {
     static HOST: RefCell<Option<Host>> = const { RefCell::new(None) };
 }
 
-fuzz_target!(|steps: Vec<Step>| {
-    HOST.with_borrow_mut(|host| run(host.get_or_insert_with(Host::new), &steps));
+#[derive(Arbitrary, Debug)]
+struct Input<'a> {
+    in_pieces: bool,
+    steps: Vec<Step<'a>>,
+}
+
+fuzz_target!(|input: Input| {
+    HOST.with_borrow_mut(|host| {
+        let Host { whole, pieces, memory } = host.get_or_insert_with(Host::new);
+        run(if input.in_pieces { pieces } else { whole }, memory, &input.steps);
+    });
 });
 
 /// The driver, and what it believes to be on the disk.
@@ -109,16 +165,16 @@ struct Driver {
     is_proper: bool,
 }
 
-fn run(host: &mut Host, steps: &[Step]) {
-    host.file.write_all_at(&[0; LEN], 0).unwrap();
-    let features = host.block.features();
-    let (guest, activation) = Guest::new(&host.memory, &[128], features);
-    let mut device = host.block.serving(activation).unwrap();
+fn run(disk: &mut Disk, memory: &Memory, steps: &[Step]) {
+    disk.restore();
+    let features = disk.block.features();
+    let (guest, activation) = Guest::new(memory, &[128], features);
+    let mut device = disk.block.serving(activation).unwrap();
     guest.watch(&device);
-    let mut driver = Driver { guest, disk: vec![0; LEN], is_proper: true };
+    let mut driver = Driver { guest, disk: disk.content.clone(), is_proper: true };
     for step in steps.iter().take(64) {
         if let Step::WriteBack(at, value) = step {
-            host.block.write_config(*at, &[*value]);
+            disk.block.write_config(*at, &[*value]);
         } else {
             driver.take(step, &mut device);
         }
@@ -126,13 +182,10 @@ fn run(host: &mut Host, steps: &[Step]) {
     device.stop();
     drop(device);
     // Ends the threads.
-    drop(host.block.quiesce());
-    assert_eq!(host.file.metadata().unwrap().len(), LEN as u64, "the image has another length");
-    if driver.is_proper {
-        let mut found = vec![0; LEN];
-        host.file.read_exact_at(&mut found, 0).unwrap();
-        assert!(found == driver.disk, "the image has other contents");
-    }
+    drop(disk.block.quiesce());
+    let found = disk.bytes();
+    assert_eq!(found.len(), LEN, "the image has another length");
+    assert!(!driver.is_proper || found == driver.disk, "the image has other contents");
 }
 
 impl Driver {
