@@ -17,8 +17,8 @@ use super::{Container, ContainerError, Isolation, State};
 
 /// The socket of a container's socket device, in the folder of its control socket.
 pub const SOCKET: &str = "vsock.sock";
-/// A guest that runs answers at once; this is for a host that is busy.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// A guest that runs answers at once; this is for a host that is busy: a hundred that ask at once take ten on a slow processor.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A connection to a container's `microvm-init`.
 pub struct Agent {
