@@ -67,7 +67,7 @@ enum Step<'a> {
 struct Host {
     /// One file, which is written.
     whole: Disk,
-    /// The same length in several files, from their ends in the middle of most requests. They are only read.
+    /// The same length in several files, which end in the middle of most requests. They are only read.
     pieces: Disk,
     memory: Memory,
 }
